@@ -1,0 +1,332 @@
+"""The ATen dialect: what a program's targets mean, and how a program becomes a ``torch.fx.GraphModule``."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from chanopt.errors import IRError
+from chanopt.ir import (
+    Access,
+    Arg,
+    Form,
+    IndexMap,
+    Kind,
+    Marker,
+    Op,
+    Param,
+    PhysicalRead,
+    Program,
+    Read,
+    depthwise_multiplier,
+    physical_read,
+    physical_reads,
+)
+
+aten = torch.ops.aten
+Numbers = npt.NDArray[np.float64]
+
+
+def resolve(target: str) -> Callable[..., Any]:
+    """The callable behind a target such as ``aten.conv2d.default`` or ``operator.mul``.
+
+    Raises:
+        IRError: there is no such operator in this process.
+    """
+    namespace, _, rest = target.partition(".")
+    try:
+        if namespace == "operator":
+            return getattr(operator, rest)
+        packet, _, overload = rest.rpartition(".")
+        return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    except AttributeError:
+        raise IRError(f"expected an operator registered in this process, found {target}; import its package first") from None
+
+
+class AtenDialect:
+    """Programs over ATen operators."""
+
+    def emit(self, program: Program) -> fx.GraphModule:
+        """Build a GraphModule of ordinary ATen ops, with the channels cut and parameters under their names."""
+        return _Emitter(program).module()
+
+    def evaluate(self, op: Op, program: Program, operands: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run one op with all logical channels.
+
+        Args:
+            op: any op but a source or a sink.
+            program: the program it stands in, for its parameters.
+            operands: a tensor (or a size) per value it reads.
+        """
+        if op.target == "alias":
+            return _logical_operand(op.reads[0], program, operands)
+        channels = program.values[op.result].layout
+
+        def real(arg: Any) -> Any:
+            if isinstance(arg, Read):
+                return operands[arg.value]
+            if isinstance(arg, Param):
+                return program.weights[arg.name]
+            if arg is Marker.GROUPS:
+                return op.groups if op.groups > 1 else program.values[op.reads[0].value].live.channels
+            if arg is Marker.CHANNELS:
+                return channels.channels if channels else 0
+            return arg
+
+        args, kwargs = _real_args(op, real)
+        return resolve(op.target)(*args, **kwargs)
+
+    def is_product(self, op: Op) -> bool:
+        """Whether a zero in one operand makes the result zero."""
+        return op.target == "aten.mul.Tensor"
+
+    def is_neutral(self, op: Op, operand: int, values: Numbers) -> bool:
+        """Whether these constants in the given operand of a binary op leave the other operand unchanged."""
+        if op.target not in _NEUTRAL or (operand == 0 and op.target not in _COMMUTATIVE) or len(op.args) != 2:
+            return False
+        return bool((values == _NEUTRAL[op.target]).all()) and (operand == 1 or not op.kwargs)
+
+    def zero_factors(self, op: Op, program: Program) -> npt.NDArray[np.bool_] | None:
+        """Shape (channels,): result channels that a zero in a parameter makes independent of the operands."""
+        made = self.affine(op, program)
+        return None if made is None else made[0] == 0
+
+    def affine(self, op: Op, program: Program) -> tuple[Numbers, Numbers] | None:
+        """(scale, shift) per channel, if the op is ``x * scale + shift`` with ``x`` its first operand."""
+        rule = _AFFINE.get(op.target)
+        if rule is None or op.kind is not Kind.MAP or len(op.reads) != 1 or op.args[0] is not op.reads[0]:
+            return None
+        channels = program.values[op.result].live.channels
+        operands = [_per_channel(arg, channels, program) for arg in op.args[1:]]
+        made = rule(operands, dict(op.kwargs))
+        return None if made is None else (np.broadcast_to(made[0], channels), np.broadcast_to(made[1], channels))
+
+
+def _logical_operand(read: Read, program: Program, operands: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    operand, axis = operands[read.value], program.values[read.value].axis
+    if read.access is Access.ALL or axis is None:
+        return operand
+    return operand.index_select(axis, torch.from_numpy(read.index.array.copy()))
+
+
+def _real_args(op: Op, real: Callable[[Any], Any]) -> tuple[list[Any], dict[str, Any]]:
+    return [_listed(arg, real) for arg in op.args], {key: _listed(arg, real) for key, arg in op.kwargs}
+
+
+def _listed(arg: Arg, real: Callable[[Any], Any]) -> Any:
+    return [_listed(item, real) for item in arg] if isinstance(arg, tuple) else real(arg)
+
+
+Affine = Callable[[list[Any], Mapping[str, Any]], "tuple[Numbers | float, Numbers | float] | None"]
+
+
+def _per_channel(arg: Arg, channels: int, program: Program) -> Any:
+    """A parameter or a number as float64 per channel (or one for all); anything else as it is, unknown ones None."""
+    if not isinstance(arg, Param):
+        return arg
+    tensor = program.weights[arg.name].detach()
+    if tensor.numel() not in (1, channels) or (tensor.numel() != 1 and arg.out is None):
+        return None
+    return tensor.double().cpu().numpy().reshape(-1)
+
+
+def _batch_norm(operands: list[Any], _: Mapping[str, Any]) -> tuple[Numbers, Numbers] | None:
+    weight, bias, mean, variance, _training, _momentum, eps, *_rest = operands
+    if mean is None or variance is None:
+        return None
+    scale = (1.0 if weight is None else weight) / np.sqrt(variance + eps)
+    return scale, (0.0 if bias is None else bias) - mean * scale
+
+
+def _arithmetic(make: Callable[[Any, Any], tuple[Any, Any]]) -> Affine:
+    def rule(operands: list[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+        other = operands[0]
+        if other is None or not isinstance(other, int | float | np.ndarray) or kwargs.get("rounding_mode"):
+            return None
+        return make(other, kwargs.get("alpha", 1))
+
+    return rule
+
+
+_ADD = _arithmetic(lambda other, alpha: (1.0, other * alpha))
+_SUB = _arithmetic(lambda other, alpha: (1.0, -other * alpha))
+_MUL = _arithmetic(lambda other, _: (other, 0.0))
+_DIV = _arithmetic(lambda other, _: (1.0 / other, 0.0))
+_NEUTRAL = {"aten.add.Tensor": 0.0, "aten.sub.Tensor": 0.0, "aten.mul.Tensor": 1.0, "aten.div.Tensor": 1.0}
+_COMMUTATIVE = frozenset({"aten.add.Tensor", "aten.mul.Tensor"})
+_AFFINE: dict[str, Affine] = {
+    "aten.batch_norm.default": _batch_norm,
+    "aten.add.Tensor": _ADD,
+    "aten.sub.Tensor": _SUB,
+    "aten.mul.Tensor": _MUL,
+    "aten.div.Tensor": _DIV,
+}
+
+
+class _Emitter:
+    """One emission: a graph being built, its parameters, and the reads already made."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.nodes: dict[str, fx.Node] = {}
+        self.made: dict[tuple[str, IndexMap], fx.Node] = {}
+        self.names: dict[str, list[tuple[Any, str]]] = {}
+
+    def module(self) -> fx.GraphModule:
+        interface = self.program.interface
+        info = _PyTreeInfo(
+            list(interface.arguments),
+            pytree.treespec_loads(interface.inputs),
+            pytree.treespec_loads(interface.outputs),
+        )
+        for op in self.program.ops:
+            self.op(op)
+        self.graph.set_codegen(_PyTreeCodeGen(info))
+        module = fx.GraphModule(self.root, self.graph, class_name="ChanoptModule")
+        module.graph.lint()
+        return module.eval()
+
+    def op(self, op: Op) -> None:
+        if op.kind is Kind.SOURCE:
+            self.nodes[op.result] = self.graph.placeholder(str(op.args[0]))
+        elif op.kind is Kind.SINK:
+            self.graph.output(tuple(self.arg(op, arg, {}) for arg in op.args))
+        elif op.target == "alias":
+            self.nodes[op.result] = self.operand(op, op.reads[0])
+        elif op.kind is Kind.CONCAT:
+            self.nodes[op.result] = self.concat(op)
+        else:
+            self.nodes[op.result] = self.call(op)
+
+    def call(self, op: Op) -> fx.Node:
+        reads = {id(read): self.operand(op, read) for read in op.reads}
+        args, kwargs = _real_args(op, lambda arg: self.arg(op, arg, reads))
+        node = self.graph.create_node("call_function", resolve(op.target), tuple(args), kwargs, op.result)
+        node.meta["chanopt"] = {"layer": op.layer, "source": op.source}
+        return node
+
+    def concat(self, op: Op) -> fx.Node:
+        pieces = [self.take(read.value, physical) for read, physical in physical_reads(op, self.program)]
+        if len(pieces) == 1:
+            return pieces[0]
+        return self.graph.create_node("call_function", aten.cat.default, (pieces, op.args[1]), {}, op.result)
+
+    def operand(self, op: Op, read: Read) -> fx.Node:
+        if self.program.values[read.value].layout is None:
+            return self.nodes[read.value]
+        return self.take(read.value, physical_read(op, read, self.program))
+
+    def take(self, value: str, physical: PhysicalRead) -> fx.Node:
+        """The node that holds the positions read; one read of the same positions serves all."""
+        key = (value, physical.positions)
+        if physical.form is Form.WHOLE:
+            return self.nodes[value]
+        if key not in self.made:
+            self.made[key] = self.range(value, physical) if physical.form is Form.RANGE else self.gather(value, physical)
+        return self.made[key]
+
+    def range(self, value: str, physical: PhysicalRead) -> fx.Node:
+        start, stop = physical.positions.runs()[0]
+        return self.graph.call_function(aten.slice.Tensor, (self.nodes[value], self.axis(value), start, stop))
+
+    def gather(self, value: str, physical: PhysicalRead) -> fx.Node:
+        name = f"{value}_channels"
+        index = self.register(name, torch.from_numpy(physical.positions.array.copy()), buffer=True, key=physical.positions)
+        node, axis = self.nodes[value], self.axis(value)
+        if not (self.program.channels_last and len(self.program.values[value].shape) == 4 and axis == 1):
+            return self.graph.call_function(aten.index_select.default, (node, axis, index))
+        # index_select on a channels-last tensor is slow and returns NCHW; on its NHWC view it is neither
+        last = self.graph.call_function(aten.permute.default, (node, [0, 2, 3, 1]))
+        taken = self.graph.call_function(aten.index_select.default, (last, 3, index))
+        return self.graph.call_function(aten.permute.default, (taken, [0, 3, 1, 2]))
+
+    def axis(self, value: str) -> int:
+        axis = self.program.values[value].axis
+        assert axis is not None  # only channelled values are cut
+        return axis
+
+    def arg(self, op: Op, arg: Any, reads: Mapping[int, fx.Node]) -> Any:
+        if isinstance(arg, Read):
+            return reads[id(arg)] if id(arg) in reads else self.operand(op, arg)
+        if isinstance(arg, Param):
+            return self.param(op, arg)
+        if arg is Marker.CHANNELS:
+            return len(self.program.values[op.result].live)
+        if arg is Marker.GROUPS:
+            return self.groups(op)
+        return arg
+
+    def groups(self, op: Op) -> int:
+        result = self.program.values[op.result].live
+        if op.kind is Kind.MAP:
+            return len(result) // depthwise_multiplier(op, self.program)
+        return len(np.unique(result.live.array * op.groups // result.channels))
+
+    def param(self, op: Op, param: Param) -> fx.Node:
+        rows = self.program.values[op.result].live.live if param.out is not None else None
+        columns = None
+        if param.inn is not None:
+            columns = physical_read(op, op.reads[0], self.program).channels
+        tensor = cut(self.program.weights[param.name], param, rows, columns, op, self.program)
+        grouping = op.groups if columns is not None else 1
+        return self.register(param.name, tensor, buffer=param.buffer, key=(param.out, param.inn, rows, columns, grouping))
+
+    def register(self, name: str, tensor: torch.Tensor, *, buffer: bool, key: Any) -> fx.Node:
+        """Register a tensor under its name; a second cut of the same tensor gets a name of its own."""
+        known = self.names.setdefault(name, [])
+        for other, full in known:
+            if other == key:
+                return self.graph.get_attr(full)
+        full = name if not known else f"{name}_{len(known)}"
+        known.append((key, full))
+        owner = self.root
+        *path, leaf = full.split(".")
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        if buffer or not tensor.is_floating_point():
+            owner.register_buffer(leaf, tensor)
+        else:
+            owner.register_parameter(leaf, nn.Parameter(tensor))
+        return self.graph.get_attr(full)
+
+
+def cut(
+    tensor: torch.Tensor,
+    param: Param,
+    rows: IndexMap | None,
+    columns: IndexMap | None,
+    op: Op,
+    program: Program,
+) -> torch.Tensor:
+    """A parameter cut to the result channels and the operand channels that are left, in physical order; a copy."""
+    if rows is not None and param.out is not None and not rows.is_identity(tensor.shape[param.out]):
+        tensor = tensor.index_select(param.out, torch.from_numpy(rows.array.copy()))
+    if columns is not None and param.inn is not None and op.kind is Kind.GROUPED and rows is not None:
+        tensor = _cut_grouped(tensor, rows, columns, op, program)
+    elif columns is not None and param.inn is not None and not columns.is_identity(tensor.shape[param.inn]):
+        tensor = tensor.index_select(param.inn, torch.from_numpy(columns.array.copy()))
+    return tensor.detach().clone(memory_format=torch.preserve_format)
+
+
+def _cut_grouped(tensor: torch.Tensor, rows: IndexMap, columns: IndexMap, op: Op, program: Program) -> torch.Tensor:
+    """Rows already cut: give each row the columns of its own group that are read."""
+    width = program.values[op.reads[0].value].live.channels // op.groups
+    height = program.values[op.result].live.channels // op.groups
+    per_group: dict[int, list[int]] = {}
+    for channel in columns:
+        per_group.setdefault(channel // width, []).append(channel % width)
+    taken = np.array([per_group[row // height] for row in rows], dtype=np.int64)
+    index = torch.from_numpy(taken).reshape(*taken.shape, *[1] * (tensor.ndim - 2))
+    return tensor.gather(1, index.expand(*taken.shape, *tensor.shape[2:]))

@@ -1,0 +1,159 @@
+"""Turning a user's module into one ATen graph (torch.export, non-strict, functionalised, composites kept whole)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection, export
+from torch.utils import _pytree as pytree
+
+from chanopt.errors import CaptureError
+
+_LOG = logging.getLogger(__name__)
+_MOST = 65535  # batch norm on CUDA guards on a batch of at most this
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured model.
+
+    Attributes:
+        graph: functional ATen graph with parameters as ``get_attr`` nodes under their original names.
+        batch: example batch size.
+        dynamic: whether the graph takes any batch size.
+        channels_last: whether a four-dimensional example input was laid out channels last.
+    """
+
+    graph: fx.GraphModule
+    batch: int
+    dynamic: bool
+    channels_last: bool
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+) -> Captured:
+    """Capture a model with a dynamic batch where it allows one, else with the example's sizes.
+
+    Args:
+        model: a module in eval mode, or an already exported program (taken as it is).
+        args: example inputs, any pytree of tensors and constants.
+        kwargs: example keyword inputs.
+
+    Raises:
+        CaptureError: the model is in train mode, or torch.export cannot capture it.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
+    batch = next((t.shape[0] for t in tensors if t.ndim), 1)
+    channels_last = any(_is_channels_last(t) for t in tensors)
+    if isinstance(model, ExportedProgram):
+        return Captured(_functional(model), batch, bool(model.range_constraints), channels_last)
+    _require_eval(model)
+    with _untouched(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported, dynamic = _export(model, args, dict(kwargs or {}), batch)
+        graph = _functional(exported)
+    return Captured(graph, batch, dynamic, channels_last)
+
+
+def _require_eval(model: nn.Module) -> None:
+    training = [name or type(model).__name__ for name, module in model.named_modules() if module.training]
+    if training:
+        raise CaptureError(
+            f"expected a model in eval mode, found {len(training)} modules in train mode (first: {training[0]}); "
+            "call model.eval() first: batch statistics and dropout change what channels mean"
+        )
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: int
+) -> tuple[ExportedProgram, bool]:
+    """Try a dynamic batch on inputs of at least two dimensions, then on all inputs, then none."""
+    for least in (2, 1):
+        shares = _batch_sharing(args, kwargs, batch, least)
+        if not shares or (least == 1 and shares == _batch_sharing(args, kwargs, batch, 2)):
+            continue
+        try:
+            return _export_dynamic(model, args, kwargs, shares), True
+        except Exception as error:  # torch.export fails in many ways; each only says "not with this dynamic batch"
+            _LOG.info("no dynamic batch for %s: %s", type(model).__name__, _first_line(error))
+    try:
+        return export(model, args, kwargs, strict=False), False
+    except Exception as error:
+        raise CaptureError(
+            f"expected torch.export to capture {type(model).__name__}, "
+            f"found {type(error).__name__}: {_first_line(error)}"
+        ) from error
+
+
+def _batch_sharing(args: tuple[Any, ...], kwargs: dict[str, Any], batch: int, least: int) -> set[int]:
+    """The ids of input tensors of at least ``least`` dimensions whose first size is the batch."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    return {id(x) for x in leaves if isinstance(x, torch.Tensor) and x.ndim >= least and x.shape[0] == batch}
+
+
+def _export_dynamic(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shares: set[int]
+) -> ExportedProgram:
+    """Export with one symbolic batch; the example needs a batch of two, for 0 and 1 are special to torch.export."""
+    dim = Dim("batch", min=1, max=_MOST)
+    shapes = ShapesCollection()
+
+    def widen(leaf: Any) -> Any:
+        if id(leaf) not in shares:
+            return leaf
+        wide = torch.cat([leaf, leaf]) if leaf.shape[0] == 1 else leaf.detach().clone(memory_format=torch.preserve_format)
+        shapes[wide] = {0: dim}
+        return wide
+
+    wide_args, wide_kwargs = pytree.tree_map(widen, (args, kwargs))
+    spec = shapes.dynamic_shapes(model, wide_args, wide_kwargs)
+    return export(model, wide_args, wide_kwargs, dynamic_shapes=spec, strict=False)
+
+
+def _functional(exported: ExportedProgram) -> fx.GraphModule:
+    """The normal form: an empty decomposition table functionalises and keeps composites whole."""
+    mutated = sorted({*exported.graph_signature.buffers_to_mutate.values()})
+    if mutated:
+        raise CaptureError(
+            f"expected a model that changes no state in its forward, found that it writes {mutated[:3]}; "
+            "call model.eval(), or take the state out of the forward"
+        )
+    module = exported.run_decompositions({}).module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.ndim == 4
+        and tensor.shape[1] > 1
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+        and not tensor.is_contiguous()
+    )
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put back the plain tensor attributes that forward hooks (torch.nn.utils.prune) overwrite while tracing."""
+    kept = [
+        (module, {k: v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}) for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, tensors in kept:
+            vars(module).update(tensors)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -1,0 +1,48 @@
+"""The channel-flow IR. Knows channels; knows no operator (docs/ir.md)."""
+
+from chanopt.ir.index_map import IndexMap, Layout
+from chanopt.ir.program import (
+    Access,
+    Arg,
+    Dialect,
+    Interface,
+    Kind,
+    Marker,
+    Op,
+    Param,
+    Program,
+    Read,
+    Refusal,
+    Value,
+    leaves,
+    map_leaves,
+)
+from chanopt.ir.reads import Form, PhysicalRead, depthwise_multiplier, flow_back, logical_read, physical_read, physical_reads
+from chanopt.ir.text import parse
+
+__all__ = [
+    "Access",
+    "Arg",
+    "Dialect",
+    "Form",
+    "IndexMap",
+    "Interface",
+    "Kind",
+    "Layout",
+    "Marker",
+    "Op",
+    "Param",
+    "PhysicalRead",
+    "Program",
+    "Read",
+    "Refusal",
+    "Value",
+    "depthwise_multiplier",
+    "flow_back",
+    "leaves",
+    "logical_read",
+    "map_leaves",
+    "parse",
+    "physical_read",
+    "physical_reads",
+]

@@ -1,0 +1,118 @@
+"""What a read is physically: all of a tensor, a range of it, or a gather."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from chanopt.ir.index_map import IndexMap
+from chanopt.ir.program import Access, Kind, Op, Program, Read
+
+
+class Form(enum.Enum):
+    """The physical form of a read."""
+
+    WHOLE = "whole"
+    RANGE = "range"
+    GATHER = "gather"
+
+
+@dataclass(frozen=True, slots=True)
+class PhysicalRead:
+    """Positions of the operand that are read, in reading order.
+
+    Attributes:
+        channels: the logical channels, in the same order (what the columns of a weight follow).
+        positions: their physical positions.
+        form: all of the tensor as it lies, one range of it, or a gather.
+    """
+
+    channels: IndexMap
+    positions: IndexMap
+    form: Form
+
+
+def logical_read(op: Op, read: Read, program: Program) -> IndexMap:
+    """The logical operand channels that ``op`` takes, before the operand's order is considered."""
+    value = program.values[read.value]
+    if read.access is Access.ALL or value.layout is None:
+        return IndexMap.identity(value.layout.channels if value.layout else 0)
+    if read.access is Access.SET:
+        return read.index
+    wanted = program.values[op.result].live.live
+    return flow_back(read, wanted)
+
+
+def flow_back(read: Read, wanted: IndexMap) -> IndexMap:
+    """The operand channels behind the given result channels, in order, absent ones left out."""
+    table = read.index.array.reshape(-1, read.fan)
+    found = table[wanted.array].reshape(-1)
+    return IndexMap(found[found >= 0])
+
+
+def physical_read(op: Op, read: Read, program: Program) -> PhysicalRead:
+    """How ``op`` takes an operand: the channels in reading order and the form of the read.
+
+    A mix takes its channels in whatever order they lie, so that a set which fills a range is a range.
+    """
+    layout = program.values[read.value].live
+    wanted = logical_read(op, read, program)
+    positions = layout.positions(wanted)
+    if read.access is Access.SET and op.kind is not Kind.GROUPED:
+        order = np.argsort(positions.array, kind="stable")
+        wanted, positions = IndexMap(wanted.array[order]), IndexMap(positions.array[order])
+    every = op.block
+    if op.linear and op.kind is Kind.MAP:
+        every = depthwise_multiplier(op, program)
+    if every > 1:  # a spread-out channel, or one that a depthwise conv multiplies, is read once
+        wanted, positions = IndexMap(wanted.array[::every]), IndexMap(positions.array[::every])
+    return PhysicalRead(wanted, positions, _form(positions, len(layout)))
+
+
+def physical_reads(op: Op, program: Program) -> list[tuple[Read, PhysicalRead]]:
+    """Every channelled read of an op with its form; those of a concat piece by piece, in the result's order."""
+    if op.kind is not Kind.CONCAT:
+        channelled = (read for read in op.reads if program.values[read.value].layout is not None)
+        return [(read, physical_read(op, read, program)) for read in channelled]
+    return list(_pieces(op, program))
+
+
+def _pieces(op: Op, program: Program) -> Iterator[tuple[Read, PhysicalRead]]:
+    """A concat's operands as maximal stretches of the result that come from one operand."""
+    live = program.values[op.result].live.live.array
+    origin = np.full(len(live), -1)
+    for number, read in enumerate(op.reads):
+        origin[read.index.array[live] >= 0] = number
+    cuts = np.flatnonzero(np.diff(origin)) + 1
+    for stretch in np.split(live, cuts):
+        if not len(stretch):
+            continue
+        read = op.reads[int(origin[np.flatnonzero(live == stretch[0])[0]])]
+        layout = program.values[read.value].live
+        wanted = IndexMap(read.index.array[stretch])
+        positions = layout.positions(wanted)
+        yield read, PhysicalRead(wanted, positions, _form(positions, len(layout)))
+
+
+def depthwise_multiplier(op: Op, program: Program) -> int:
+    """How many result channels a depthwise conv makes of each channel it reads.
+
+    1 where the result's blocks are broken up: the conv then reads a channel once per result channel.
+    """
+    wanted = flow_back(op.reads[0], program.values[op.result].live.live).array
+    once = np.unique(wanted)
+    times, rest = divmod(len(wanted), max(1, len(once)))
+    if rest or times == 0:
+        return 1
+    blocks = wanted.reshape(-1, times)
+    whole = bool((np.diff(blocks, axis=1) == 0).all()) and len(np.unique(blocks[:, 0])) == len(blocks)
+    return times if whole else 1
+
+
+def _form(positions: IndexMap, size: int) -> Form:
+    if positions.is_identity(size):
+        return Form.WHOLE
+    return Form.RANGE if len(positions) and positions.is_range() else Form.GATHER

@@ -1,0 +1,141 @@
+"""The pass contract: what a pass is, what it returns, and pipelines, which are passes (docs/writing_passes.md)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+from chanopt.analysis.figures import Figures, figures
+from chanopt.errors import IRError, PassError
+from chanopt.ir import Program
+
+_LOG = logging.getLogger(__name__)
+_CHECKED: ContextVar[bool] = ContextVar("chanopt_checked", default=False)
+
+
+@dataclass(frozen=True)
+class Property:
+    """Something that may hold for a program, and that passes require or guarantee.
+
+    Attributes:
+        name: what holds, as a phrase: "only demanded channels are live".
+        broken: a function that says where it does not hold, or returns None.
+        made_by: the pass that makes it hold, for messages.
+    """
+
+    name: str
+    broken: Callable[[Program], str | None] = field(compare=False)
+    made_by: str = ""
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did.
+
+    Attributes:
+        program: the program after the pass; the same object if nothing changed.
+        modified: whether anything changed.
+        figures: what changed, as ``{name: (before, after)}``.
+        seconds: how long the pass took, per pass name.
+        notes: what the pass wants to tell besides, by name (solutions of segments, reasons, ...).
+    """
+
+    program: Program
+    modified: bool
+    figures: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Pass(ABC):
+    """A rewrite of a program. Subclasses are frozen dataclasses whose fields are their options.
+
+    Override :meth:`apply`; call the pass to run it with its contract checked.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[tuple[Property, ...]] = ()
+    ensures: ClassVar[tuple[Property, ...]] = ()
+
+    @abstractmethod
+    def apply(self, program: Program) -> Program | PassResult:
+        """The rewritten program, or the very same object if there is nothing to do."""
+
+    def __call__(self, program: Program) -> PassResult:
+        """Check what the pass requires, run it, and measure what it changed.
+
+        Raises:
+            PassError: a requirement does not hold; in checked mode also a guarantee, or a rule of the IR.
+        """
+        for needed in self.requires:
+            self._demand(needed, program, "required that")
+        started = time.perf_counter()
+        applied = self.apply(program)
+        seconds = time.perf_counter() - started
+        result = applied if isinstance(applied, PassResult) else PassResult(applied, applied is not program)
+        if _CHECKED.get():
+            self._check(result.program)
+        changed = _changes(figures(program), figures(result.program)) if result.modified else {}
+        _LOG.debug("%s: %s in %.3f s", self.name, changed or "nothing", seconds)
+        timings = result.seconds or {self.name: seconds}
+        return PassResult(result.program, result.modified, changed, timings, result.notes)
+
+    def _check(self, program: Program) -> None:
+        try:
+            program.verify()
+        except IRError as error:
+            raise PassError(f"pass {self.name} broke a rule of the IR: {error}") from error
+        for promised in self.ensures:
+            self._demand(promised, program, "guaranteed that")
+
+    def _demand(self, wanted: Property, program: Program, verb: str) -> None:
+        problem = wanted.broken(program)
+        if problem is not None:
+            remedy = f"; run {wanted.made_by} first" if wanted.made_by and verb.startswith("required") else ""
+            raise PassError(f"pass {self.name} {verb} {wanted.name}, found {problem}{remedy}")
+
+
+@dataclass(frozen=True)
+class Pipeline(Pass):
+    """Passes one after another; a pass itself.
+
+    Attributes:
+        passes: in order.
+    """
+
+    passes: tuple[Pass, ...]
+    name: ClassVar[str] = "pipeline"
+
+    def apply(self, program: Program) -> PassResult:
+        """Run every pass on the result of the one before."""
+        seconds: dict[str, float] = {}
+        notes: dict[str, Any] = {}
+        current = program
+        for step in self.passes:
+            result = step(current)
+            current = result.program
+            for name, spent in result.seconds.items():
+                seconds[name] = seconds.get(name, 0.0) + spent
+            notes.update(result.notes)
+        return PassResult(current, current is not program, {}, seconds, notes)
+
+
+@contextmanager
+def checked() -> Any:
+    """Within this context every pass verifies the program it returns and everything it guarantees (tests, debugging)."""
+    token = _CHECKED.set(True)
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
+def _changes(before: Figures, after: Figures) -> dict[str, tuple[int, int]]:
+    old, new = asdict(before), asdict(after)
+    return {key: (old[key], new[key]) for key in old if old[key] != new[key]}
