@@ -3,8 +3,19 @@
 if __name__ != "chanopt.passes":  # the folder is also reachable as `passes`: a second copy of every class
     raise ImportError("import chanopt.passes, not passes")
 
+from chanopt.pass_infra import Pass, Pipeline
 from chanopt.passes.drop_dead import DropDead
 from chanopt.passes.fold_affine import FoldAffine
 from chanopt.passes.fold_constants import FoldConstants
+from chanopt.passes.order_channels import OrderChannels
 
-__all__ = ["DropDead", "FoldAffine", "FoldConstants"]
+DEFAULT: tuple[Pass, ...] = (
+    FoldAffine(),  # batch norm into convs
+    FoldConstants(),  # constant channels into biases
+    FoldAffine(),  # what has become a per-channel constant, too
+    DropDead(),  # what nobody needs any more
+    OrderChannels(),  # so that what is left is read in ranges
+)
+"""The default pipeline, in order."""
+
+__all__ = ["DEFAULT", "DropDead", "FoldAffine", "FoldConstants", "OrderChannels", "Pass", "Pipeline"]

@@ -91,11 +91,17 @@ class FoldConstants(Pass):
     ensures: ClassVar[tuple[Property, ...]] = (CONSTANTS_FOLDED,)
 
     def apply(self, program: Program) -> Program:
-        """Fold; the same program if it has no constants that anybody reads."""
-        known = constants(program)
-        if all(np.isnan(values).all() for values in known.values()):
-            return program
-        return _Folding(program, known).run()
+        """Fold until nothing is left to fold: what one fold makes unneeded may leave only constants elsewhere."""
+        while True:
+            known = constants(program)
+            folded = _Folding(program, known).run() if _any_constant(known) else program
+            if folded is program:
+                return program
+            program = folded
+
+
+def _any_constant(known: Mapping[str, Values]) -> bool:
+    return any(not np.isnan(values).all() for values in known.values())
 
 
 class _Folding:

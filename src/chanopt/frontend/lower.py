@@ -421,8 +421,9 @@ def _folded_name(node: fx.Node) -> str:
     while user is not None and user.op == "call_function" and _position(user, node) not in (1, 2):
         node, user = user, next(iter(user.users), None)
     role = {1: "weight", 2: "bias"}.get(_position(user, node) if user is not None else 0)
-    is_layer = user is not None and str(user.target).split(".")[1] in _WEIGHTED
-    return f"{layer_of(user)}.{role}".lstrip(".") if role and is_layer and user is not None else f"{layer}.{node.name}".lstrip(".")
+    if user is None or role is None or str(user.target).removeprefix("aten.").split(".")[0] not in _WEIGHTED:
+        return f"{layer}.{node.name}".lstrip(".")
+    return f"{layer_of(user)}.{role}".lstrip(".")
 
 
 _WEIGHTED = frozenset({"conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})

@@ -7,6 +7,7 @@ a flatten as blocks, a slice as a range, whatever the spelling.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,13 +41,16 @@ def addresses(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
 
 
-def classify(numbers: torch.Tensor, shape: tuple[int, ...], axis: int) -> Rearranged | None:
+def classify(
+    numbers: torch.Tensor, shape: tuple[int, ...], axis: int, allowed: Collection[int]
+) -> Rearranged | None:
     """Read off what a rearrangement did to the channels.
 
     Args:
         numbers: the chain's result on ``addresses(shape)``.
         shape: the operand's sizes.
         axis: the operand's channel axis.
+        allowed: axes of the result that may carry channels (a symbolic one, the batch, may not).
 
     Returns:
         None when no axis of the result carries the channels alone.
@@ -58,6 +62,8 @@ def classify(numbers: torch.Tensor, shape: tuple[int, ...], axis: int) -> Rearra
     channel = (array // stride) % shape[axis]
     rest = array // (stride * shape[axis]) * stride + array % stride
     for candidate in _candidates(array.shape, shape, axis):
+        if candidate not in allowed:
+            continue
         found = _along(channel, rest, candidate, shape, axis)
         if found is not None:
             return found

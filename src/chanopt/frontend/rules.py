@@ -313,10 +313,16 @@ def rearrangement(low: Lowering, call: Call) -> Made:
     before = operand.numbers if isinstance(operand, Moved) else addresses(shape)
     numbers = resolve(call.target)(before, *(_plain(arg) for arg in rest), **call.kwargs).contiguous()
     calls = (*(operand.calls if isinstance(operand, Moved) else ()), call)
-    found = classify(numbers, shape, base.axis)
-    if found is None or (len(calls) > 1 and not found.pure):
+    allowed = [axis for axis, size in enumerate(call.shape) if isinstance(size, int)]
+    found = classify(numbers, shape, base.axis, allowed)
+    if found is None or not (found.pure or (len(calls) == 1 and _takes_all(found, base))):
         return Moved(base, calls, numbers)
     return _moved(low, call, base, found)
+
+
+def _takes_all(found: Rearranged, base: Value) -> bool:
+    """Whether the op takes every channel in order, so that it means the same on fewer of them."""
+    return IndexMap(found.index.array[:: found.block]).is_identity(base.live.channels)
 
 
 def _moved(low: Lowering, call: Call, base: Value, found: Rearranged) -> Made:

@@ -1,0 +1,200 @@
+"""Find the channel order of every segment that leaves the fewest bytes to gather, and lay the values out in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from chanopt.analysis.demand import demand, rounded
+from chanopt.analysis.labels import Labels, is_rigid, label
+from chanopt.analysis.segments import OrderGraph, Place, Segment
+from chanopt.ir import Access, IndexMap, Kind, Layout, Op, Program, Read, flow_back
+from chanopt.pass_infra import Pass, PassResult, Property
+from chanopt.solve import Solution, solve
+
+SEGMENTS = "segments"
+"""Key of this pass's notes: a tuple of :class:`Ordered`."""
+
+
+def _untrimmed(program: Program) -> str | None:
+    wanted = demand(program)
+    for op in program.ops:
+        if op.kind not in (Kind.SOURCE, Kind.SINK) and op.result not in wanted.needed:
+            return f"%{op.result}, which nobody needs"
+        for read in op.reads:
+            if len(wanted.sets.get((op.result, read.value), read.index)) < len(read.index):
+                return f"{op.label()} reading channels of %{read.value} that it has no weight for"
+    return None
+
+
+READS_TRIMMED = Property("every op reads only what its result needs", _untrimmed, "DropDead")
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """A segment and its solution."""
+
+    segment: Segment
+    solution: Solution
+
+
+@dataclass(frozen=True)
+class OrderChannels(Pass):
+    """Order the channels of every segment by the permutation program (chanopt.solve).
+
+    Cases:
+        1. channels of a producer move, so that a reader's set becomes a range: the gather goes;
+        2. a value that needs fewer channels than its operand, as later values of a residual chain do, is cut where
+           they are a range, gathered where the program says that this is worth its bytes, and else made a little
+           wider, at no copy;
+        3. a gather stands where it moves the fewest bytes: above maps, inside concats, below pools.
+
+    Attributes:
+        time_limit: seconds for each segment; past them the best order found is taken, with its bound.
+
+    Before and after::
+
+        %a {0,2,5,7}  = mix conv(%x{0:3})                    %a {2,7,0,5} = mix conv(%x{0:3})
+        %b = mix conv(%a{2,7})   # positions 1, 3: gather    %b = mix conv(%a{2,7})   # positions 0:2, a range
+    """
+
+    time_limit: float = 10.0
+
+    name: ClassVar[str] = "order_channels"
+    requires: ClassVar[tuple[Property, ...]] = (READS_TRIMMED,)
+
+    def apply(self, program: Program) -> PassResult:
+        """Solve every segment, then lay out every value."""
+        graph = OrderGraph.build(program, demand(program), label(program))
+        solved = tuple(
+            Ordered(segment, solve(segment.instance, time_limit=self.time_limit)) for segment in graph.segments()
+        )
+        layouts = _Layouts(graph, solved).run()
+        changed = {
+            name: replace(program.values[name], layout=layout)
+            for name, layout in layouts.items()
+            if program.values[name].layout != layout
+        }
+        after = program.evolve(values=changed) if changed else program
+        return PassResult(after, after is not program, notes={SEGMENTS: solved})
+
+
+class _Layouts:
+    """From the orders of segments to the layout of every value."""
+
+    def __init__(self, graph: OrderGraph, solved: tuple[Ordered, ...]) -> None:
+        self.graph, self.program = graph, graph.program
+        self.labels = graph.labelling.of
+        self.rank: dict[str, Labels] = {}
+        self.paid: set[Place] = set()
+        self.total = 1 + max((int(labels.max(initial=0)) for labels in self.labels.values()), default=0)
+        self.makers = {op.result: op for op in self.program.ops}
+        for ordered in solved:
+            self._take(ordered)
+
+    def _take(self, ordered: Ordered) -> None:
+        segment, solution = ordered.segment, ordered.solution
+        for node, order in zip(segment.nodes, solution.orders, strict=True):
+            self.rank[node] = self._ranked(segment.labels[np.array(order, dtype=np.int64)])
+        for name in (*solution.gathered, *solution.cut):
+            if name in segment.places:
+                self.paid.add(segment.places[name])
+
+    def _ranked(self, order: Labels) -> Labels:
+        """Shape (labels,): the place of every label; those not in the order keep theirs, behind it."""
+        rank = np.arange(self.total) + len(order)
+        rank[order] = np.arange(len(order))
+        return rank
+
+    def _rank(self, node: str) -> Labels:
+        if node not in self.rank:
+            self.rank[node] = self._follow(node) if node in self.graph.whole else np.arange(self.total)
+        return self.rank[node]
+
+    def _follow(self, node: str) -> Labels:
+        """The order of a node that is read whole: operand by operand, each in the order it comes in."""
+        whole = self.graph.whole[node]
+        rank = np.arange(self.total)
+        for flow in whole.flows:
+            theirs = self._rank(self.graph.node_of[flow.source])
+            rank[flow.labels] = theirs[flow.labels]
+        blocks = whole.blocks or (whole.labels,)
+        return self._ranked(np.concatenate([block[np.argsort(rank[block], kind="stable")] for block in blocks]))
+
+    def run(self) -> dict[str, Layout]:
+        live = {
+            name: self._sorted(name, np.flatnonzero(mask))
+            for name, mask in self.graph.demand.live.items()
+            if name in self.labels and name in self.makers and mask.any()
+        }
+        for name, value in self.program.values.items():
+            if value.layout is not None and name not in live:
+                live[name] = value.layout.live
+        live = self._widened(live)
+        return {name: Layout(self.program.values[name].live.channels, index) for name, index in live.items()}
+
+    def _sorted(self, value: str, channels: Labels) -> IndexMap:
+        if is_rigid(self.makers[value]):
+            return IndexMap(channels)
+        rank = self._rank(self.graph.node_of[value])
+        return IndexMap(channels[np.argsort(rank[self.labels[value][channels]], kind="stable")])
+
+    # -- widening: a flow that is not gathered reads a range, if need be with channels nobody asked for -----------
+
+    def _widened(self, live: dict[str, IndexMap]) -> dict[str, IndexMap]:
+        spoiled: set[Place] = set(self.paid)
+        changed = True
+        while changed:
+            changed = False
+            for op in self.program.ops:
+                for position, read in enumerate(op.reads):
+                    place = (op.result, position)
+                    if read.access is not Access.FLOW or place in spoiled or place in self.graph.labelling.loose:
+                        continue
+                    wider = self._cover(op, read, live)
+                    if wider is None:
+                        continue
+                    trial = self._grown(live, op.result, wider)
+                    if trial is None:
+                        spoiled.add(place)
+                        continue
+                    live, changed = trial, True
+        return live
+
+    def _cover(self, op: Op, read: Read, live: Mapping[str, IndexMap]) -> IndexMap | None:
+        """The result channels that make the read one range; None if it is one already."""
+        taken = flow_back(read, live[op.result])
+        operand = Layout(self.program.values[read.value].live.channels, live[read.value])
+        positions = np.unique(operand.positions(taken).array)
+        if not len(positions) or positions[-1] - positions[0] + 1 == len(positions):
+            return None
+        between = np.zeros(operand.channels, np.bool_)
+        between[operand.live.array[positions[0] : positions[-1] + 1]] = True
+        index = read.index.array
+        wanted = (index >= 0) & between[index]
+        wanted[live[op.result].array] = True
+        return IndexMap(np.flatnonzero(wanted))
+
+    def _grown(self, live: dict[str, IndexMap], value: str, channels: IndexMap) -> dict[str, IndexMap] | None:
+        """Every value with the channels that the wider one needs; None where an op cannot give them."""
+        grown = dict(live)
+        queue = [(value, channels)]
+        while queue:
+            name, wanted = queue.pop()
+            op = self.makers[name]
+            mask = np.zeros(self.program.values[name].live.channels, np.bool_)
+            mask[grown[name].array] = True
+            mask[wanted.array] = True
+            mask = rounded(op, mask)
+            if int(mask.sum()) == len(grown[name]):
+                continue
+            if is_rigid(op):
+                return None
+            grown[name] = self._sorted(name, np.flatnonzero(mask))
+            for read in op.reads:
+                if read.access is Access.FLOW:
+                    queue.append((read.value, flow_back(read, grown[name])))
+        return grown

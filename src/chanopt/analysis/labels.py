@@ -1,0 +1,145 @@
+"""Labels: which channels of different values are the same channel, as far as order goes.
+
+Channels that flow into one another carry one label, through maps, joins, concats, slices and shuffles. A label stands
+at most once in a value (or once per block in a flattened one), so an order of labels orders every value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from chanopt.ir import Access, IndexMap, Kind, Op, Program, Read
+
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Labelling:
+    """The labels of a program.
+
+    Attributes:
+        of: per value with channels, shape (channels,): the label of every logical channel.
+        loose: (op result, operand position) of reads through which labels do not pass: the two sides have orders of
+            their own, because one order could not serve both (``x + x[:, perm]``) or the op fixes its order.
+    """
+
+    of: Mapping[str, Labels]
+    loose: frozenset[tuple[str, int]]
+
+
+def is_rigid(op: Op) -> bool:
+    """Whether an op can only take and give its channels in logical order (groups, pixel shuffle)."""
+    return op.groups > 1 or any(read.fan > 1 for read in op.reads)
+
+
+def label(program: Program) -> Labelling:
+    """Label every channel of a program."""
+    labeller = _Labeller(program)
+    for op in program.ops:
+        if op.kind is not Kind.SINK and program.values[op.result].layout is not None:
+            labeller.op(op)
+    return Labelling(labeller.of, frozenset(labeller.loose))
+
+
+class _Labeller:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.of: dict[str, Labels] = {}
+        self.loose: set[tuple[str, int]] = set()
+        self.family: dict[str, set[str]] = {}
+        self.count = 0
+
+    def fresh(self, count: int) -> Labels:
+        self.count += count
+        return np.arange(self.count - count, self.count)
+
+    def op(self, op: Op) -> None:
+        channels = self.program.values[op.result].live.channels
+        flows = [(k, read) for k, read in enumerate(op.reads) if read.access is Access.FLOW]
+        if not flows or is_rigid(op):
+            self.loose.update((op.result, position) for position, _ in flows)
+            self._begin(op.result, self.fresh(channels))
+        elif op.kind is Kind.CONCAT:
+            self._concat(op, flows, channels)
+        else:
+            self._join(op, flows, channels)
+
+    def _begin(self, value: str, labels: Labels) -> None:
+        self.of[value] = labels
+        self.family[value] = {value}
+
+    def _joined(self, value: str, operand: str) -> None:
+        """One family: values whose labels have been made equal."""
+        if self.family[value] is not self.family[operand]:
+            self.family[value] |= self.family[operand]
+            for member in self.family[operand]:
+                self.family[member] = self.family[value]
+
+    def _join(self, op: Op, flows: list[tuple[int, Read]], channels: int) -> None:
+        (position, first), *others = flows
+        labels = self.of[first.value][first.index.array]
+        if not _fits(labels, op, first):
+            self.loose.add((op.result, position))
+            self._begin(op.result, self.fresh(channels))
+        else:
+            self._begin(op.result, labels)
+            self._joined(op.result, first.value)
+        for position, read in others:
+            if not self._same(op.result, read):
+                self.loose.add((op.result, position))
+
+    def _same(self, result: str, read: Read) -> bool:
+        """Make the labels of another operand equal to the result's, if they can be."""
+        theirs, ours = self.of[read.value][read.index.array], self.of[result]
+        if self.family[result] is self.family[read.value]:
+            return np.array_equal(theirs, ours)
+        if len(np.unique(theirs)) != len(theirs) or len(np.unique(ours)) != len(ours):
+            return False
+        renamed = np.arange(self.count)
+        renamed[theirs] = ours
+        for member in self.family[read.value]:
+            self.of[member] = renamed[self.of[member]]
+        self._joined(result, read.value)
+        return True
+
+    def _concat(self, op: Op, flows: list[tuple[int, Read]], channels: int) -> None:
+        labels = np.full(channels, -1)
+        passing: list[Read] = []
+        for position, read in flows:
+            here = read.index.array >= 0
+            block = self.of[read.value][read.index.array[here]]
+            if len(np.unique(block)) != len(block) or np.isin(block, labels).any():
+                self.loose.add((op.result, position))
+                block = self.fresh(len(block))
+            else:
+                passing.append(read)
+            labels[here] = block
+        labels[labels < 0] = self.fresh(int((labels < 0).sum()))
+        self._begin(op.result, labels)
+        for read in passing:
+            self._joined(op.result, read.value)
+
+
+def _fits(labels: Labels, op: Op, read: Read) -> bool:
+    """Whether labels stand once each, or once per block where the op spreads channels out."""
+    block = _spread(op, read)
+    heads = labels[::block]
+    return len(np.unique(heads)) == len(heads) and bool((labels.reshape(-1, block) == heads[:, None]).all())
+
+
+def _spread(op: Op, read: Read) -> int:
+    """How many adjacent result channels come of one operand channel."""
+    index = read.index.array
+    changes = np.flatnonzero(np.diff(index))
+    run = int(changes[0]) + 1 if len(changes) else len(index)
+    return run if len(index) % max(1, run) == 0 and run > 0 else 1
+
+
+def unique_in_order(labels: Labels) -> IndexMap:
+    """The distinct labels in order of first appearance."""
+    _, first = np.unique(labels, return_index=True)
+    return IndexMap(labels[np.sort(first)])

@@ -1,0 +1,1 @@
+"""What the tests share: small and random networks, masks, and the check that two modules compute the same."""
