@@ -1,0 +1,176 @@
+"""The functions users call: optimize, lower, explain, verify."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from chanopt.compare import verify
+from chanopt.errors import CaptureError, ChanoptError
+from chanopt.frontend import RULES, Captured, capture, lower_captured
+from chanopt.frontend.masks import Mask, apply_masks
+from chanopt.frontend.parts import optimize_parts
+from chanopt.ir import Program
+from chanopt.passes import DEFAULT, Pass, Pipeline
+from chanopt.report import Report
+from chanopt.report.build import build
+
+_LOG = logging.getLogger(__name__)
+_KEY = "chanopt"
+
+Passes = Pass | Sequence[Pass]
+
+
+def lower(
+    model: nn.Module | ExportedProgram,
+    example_inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    masks: Mapping[str, Mask] | None = None,
+    strict: bool = False,
+) -> Program:
+    """Capture a model and lower it to the channel-flow IR. The model is not modified.
+
+    Args:
+        model: a module in eval mode, or an exported program.
+        example_inputs: positional inputs, any pytree of tensors. The batch becomes dynamic where the model allows it.
+        kwargs: keyword inputs.
+        masks: masks by module name, over the zeros already in the weights.
+        strict: refuse operators whose effect on channels is unknown instead of keeping their operands whole.
+
+    Raises:
+        CaptureError: the model is in train mode, or torch.export cannot capture it.
+        LoweringError: in strict mode, at the first unknown operator.
+        MaskError: a mask for a module or channel that does not exist.
+        ChanoptError: a weight is NaN or infinite.
+    """
+    return _lowered(capture(model, _tuple(example_inputs), kwargs), model, masks, strict)
+
+
+def optimize(
+    model: nn.Module | ExportedProgram,
+    example_inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    masks: Mapping[str, Mask] | None = None,
+    target: Literal["auto", "cpu", "cuda"] = "auto",
+    pipeline: Passes = DEFAULT,
+    strict: bool = False,
+) -> nn.Module:
+    """The same function with the dead channels physically gone. The model is not modified.
+
+    Args:
+        model, example_inputs, kwargs, masks, strict: as for :func:`lower`.
+        target: the device that the order of channels is chosen for. Costs are bytes gathered, which are the same on
+            every device so far; "auto" is where the model's parameters are.
+        pipeline: passes to run.
+
+    Returns:
+        A ``torch.fx.GraphModule`` of ordinary ATen ops, its parameters under their original names; :func:`explain`
+        tells what was done. Of a model that torch.export cannot capture as a whole (a detector with data-dependent
+        parts), a copy in which the parts that can be captured are optimised; the report names the rest.
+
+    Raises:
+        CaptureError, LoweringError, MaskError, ChanoptError: as :func:`lower`.
+        PassError: the pipeline is in an impossible order.
+    """
+    if target not in ("auto", "cpu", "cuda"):
+        raise ChanoptError(f"expected target 'auto', 'cpu' or 'cuda', found {target!r}")
+    inputs = _tuple(example_inputs)
+    started = time.perf_counter()
+    try:
+        captured = capture(model, inputs, kwargs)
+    except CaptureError as error:
+        if strict or masks or isinstance(model, ExportedProgram) or any(m.training for m in model.modules()):
+            raise
+        return _in_parts(model, inputs, kwargs, pipeline, error)
+    return _optimized(captured, model, masks, pipeline, strict, time.perf_counter() - started)
+
+
+def explain(module: nn.Module) -> Report:
+    """The report of an optimised module.
+
+    Raises:
+        ChanoptError: the module was not made by chanopt.
+    """
+    report = module.meta.get(_KEY) if isinstance(module, fx.GraphModule) else getattr(module, "chanopt_report", None)
+    if not isinstance(report, Report):
+        raise ChanoptError(
+            f"expected a module made by chanopt.optimize, found a {type(module).__name__} without a report"
+        )
+    return report
+
+
+def _tuple(inputs: Any) -> tuple[Any, ...]:
+    """Example inputs as a tuple; a lone tensor is one input."""
+    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+
+
+def _lowered(
+    captured: Captured, model: nn.Module | ExportedProgram, masks: Mapping[str, Mask] | None, strict: bool
+) -> Program:
+    program = lower_captured(captured, RULES, strict=strict)
+    if masks:
+        modules = [] if isinstance(model, ExportedProgram) else [name for name, _ in model.named_modules()]
+        program = apply_masks(program, masks, modules)
+    _require_finite(program)
+    return program
+
+
+def _require_finite(program: Program) -> None:
+    used = {param.name for op in program.ops for param in op.params if not param.buffer or op.linear}
+    for name in sorted(used):
+        tensor = program.weights[name]
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            wrong = int((~torch.isfinite(tensor)).sum())
+            raise ChanoptError(
+                f"expected finite weights, found {wrong} NaN or infinite entries in {name}; "
+                "a zero next to them would not be zero in the masked model"
+            )
+
+
+def _optimized(
+    captured: Captured,
+    model: nn.Module | ExportedProgram,
+    masks: Mapping[str, Mask] | None,
+    pipeline: Passes,
+    strict: bool,
+    spent: float,
+) -> fx.GraphModule:
+    started = time.perf_counter()
+    before = _lowered(captured, model, masks, strict)
+    run = pipeline if isinstance(pipeline, Pass) else Pipeline(tuple(pipeline))
+    result = run(before)
+    module = result.program.to_module()
+    assert isinstance(module, fx.GraphModule)
+    seconds = {"capture": spent, "optimize": time.perf_counter() - started, **result.seconds}
+    report = build(type(model).__name__, before, result.program, result.notes, seconds)
+    module.meta[_KEY] = report
+    _LOG.info("%s: %s", report.model, seconds)
+    return module
+
+
+def _in_parts(
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None, pipeline: Passes, error: CaptureError
+) -> nn.Module:
+    """Optimise what can be captured of a model that cannot be captured as a whole."""
+
+    def part(module: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[nn.Module, Report]:
+        started = time.perf_counter()
+        captured = capture(module, args, keywords)
+        fast = _optimized(captured, module, None, pipeline, False, time.perf_counter() - started)
+        return fast, explain(fast)
+
+    whole, report = optimize_parts(model, inputs, dict(kwargs or {}), part, error)
+    whole.chanopt_report = replace(report, model=type(model).__name__)  # type: ignore[assignment]
+    return whole
+
+
+__all__ = ["Mask", "explain", "lower", "optimize", "verify"]

@@ -1,0 +1,118 @@
+"""Whether two modules compute the same function: float64, fresh inputs, relative error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from chanopt.errors import VerifyError
+
+TOLERANCE = 1e-10
+
+
+def verify(
+    model: nn.Module,
+    fast: nn.Module,
+    example_inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+    trials: int = 2,
+    seed: int = 0,
+) -> float:
+    """Compare two modules in float64 on the example inputs and on fresh ones like them.
+
+    Args:
+        model: the reference; not modified.
+        fast: the module to check; not modified.
+        example_inputs: positional inputs.
+        kwargs: keyword inputs.
+        tolerance: greatest ``max|a - b| / max|a|`` allowed, per output.
+        trials: how many fresh inputs to try besides the example.
+        seed: of the fresh inputs.
+
+    Returns:
+        The greatest relative error seen.
+
+    Raises:
+        VerifyError: an output is past the tolerance, not finite where the reference is, or of another shape.
+    """
+    reference, candidate = double(model), double(fast)
+    generator = torch.Generator().manual_seed(seed)
+    worst = 0.0
+    for trial in range(1 + trials):
+        inputs = pytree.tree_map(lambda leaf, trial=trial: _like(leaf, generator, trial), (example_inputs, dict(kwargs or {})))
+        with torch.no_grad():
+            expected = reference(*inputs[0], **inputs[1])
+            found = candidate(*inputs[0], **inputs[1])
+        worst = max(worst, _compared(expected, found, tolerance, trial))
+    return worst
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy; tensors that forward hooks left behind (torch.nn.utils.prune) are copied as data."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for tensor in vars(part).values():
+            if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+def double(module: nn.Module) -> nn.Module:
+    """A float64 copy on the CPU."""
+    return copied(module).cpu().double()
+
+
+def _like(leaf: Any, generator: torch.Generator, trial: int) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    if not leaf.is_floating_point():
+        return leaf.detach().cpu()
+    example = leaf.detach().cpu().double()
+    if trial == 0:
+        return example
+    spread = example.std() if example.numel() > 1 and float(example.std()) > 0 else torch.ones(())
+    noise = torch.randn(example.shape, generator=generator, dtype=torch.float64)
+    fresh = torch.empty_like(example)  # keeps channels_last
+    return fresh.copy_(noise * spread + example.mean())
+
+
+def _compared(expected: Any, found: Any, tolerance: float, trial: int) -> float:
+    reference, spec = pytree.tree_flatten(expected)
+    outputs, found_spec = pytree.tree_flatten(found)
+    if len(reference) != len(outputs):
+        raise VerifyError(f"expected outputs of structure {spec}, found {found_spec}")
+    worst = 0.0
+    for number, (a, b) in enumerate(zip(reference, outputs, strict=True)):
+        if not isinstance(a, torch.Tensor):
+            if a != b:
+                raise VerifyError(f"expected output {number} to be {a!r}, found {b!r}")
+            continue
+        worst = max(worst, _error(a, b, number, trial, tolerance))
+    return worst
+
+
+def _error(a: torch.Tensor, b: torch.Tensor, number: int, trial: int, tolerance: float) -> float:
+    if a.shape != b.shape:
+        raise VerifyError(f"expected output {number} of shape {tuple(a.shape)}, found {tuple(b.shape)}")
+    if a.numel() == 0:
+        return 0.0
+    if not a.is_floating_point():
+        error = float((a != b).double().mean())
+    else:
+        scale = float(a.abs().nan_to_num().max()) or 1.0
+        same = (a == b) | (a.isnan() & b.isnan())
+        error = float(torch.where(same, 0.0, (a - b).abs()).max()) / scale
+    if not error <= tolerance:
+        which = "the example inputs" if trial == 0 else f"fresh inputs {trial}"
+        raise VerifyError(
+            f"expected output {number} within a relative error of {tolerance:g} on {which}, found {error:.3g}; "
+            "if the inputs have a fixed meaning (one-hot, sizes), pass trials=0"
+        )
+    return error

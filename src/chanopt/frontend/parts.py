@@ -1,0 +1,93 @@
+"""Models that torch.export cannot capture as a whole: find the parts that it can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from chanopt.compare import copied
+from chanopt.errors import CaptureError
+from chanopt.ir import Refusal
+from chanopt.report.report import Report, merged
+
+Optimize = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], tuple[nn.Module, Report]]
+
+
+def optimize_parts(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], optimize: Optimize, error: CaptureError
+) -> tuple[nn.Module, Report]:
+    """A copy of a model with every largest part that can be captured replaced by its optimised form.
+
+    A part is replaced where it was called once, or always with inputs of the same sizes, in a run of the model on the
+    example inputs; its other callers would find it made for other sizes. What stays is named in the refusals.
+
+    Args:
+        model: a module in eval mode.
+        args, kwargs: example inputs.
+        optimize: makes the optimised form of a part and its report.
+        error: why the whole could not be captured.
+
+    Raises:
+        CaptureError: the model does not run on the example inputs.
+    """
+    whole = copied(model)
+    calls = _recorded(whole, args, kwargs)
+    reports: dict[str, Report] = {}
+    refusals = [Refusal(type(model).__name__, "", "", str(error))]
+    todo = [(name, child, whole) for name, child in whole.named_children()]
+    while todo:
+        name, module, owner = todo.pop(0)
+        if not any(True for _ in module.parameters()):
+            continue
+        try:
+            fast, report = optimize(module, *_same_call(calls.get(module, []), name))
+        except CaptureError as reason:
+            children = [(f"{name}.{child}", part, module) for child, part in module.named_children()]
+            todo += children
+            if not children:
+                refusals.append(Refusal(type(module).__name__, name, "", str(reason)))
+            continue
+        setattr(owner, name.rpartition(".")[2], fast)
+        reports[name] = report
+    return whole, merged(type(model).__name__, reports, tuple(refusals))
+
+
+def _recorded(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """What every submodule is called with in a run of the model."""
+    calls: dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+
+    def record(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        calls.setdefault(module, []).append((inputs, keywords))
+
+    hooks = [part.register_forward_pre_hook(record, with_kwargs=True) for part in model.modules()]
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        raise CaptureError(
+            f"expected {type(model).__name__} to run on the example inputs, found {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _same_call(
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]], name: str
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if not calls:
+        raise CaptureError(f"expected {name} to be called in forward, found no call")
+    if len({str(_sizes(call)) for call in calls}) > 1:
+        raise CaptureError(f"expected {name} to be called with inputs of one size, found several")
+    return calls[0]
+
+
+def _sizes(call: Any) -> Any:
+    return pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf), call)

@@ -1,0 +1,183 @@
+"""The report: what was done to a model, per segment and per layer, and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chanopt.ir import Refusal
+from chanopt.solve import Instance, Solution
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentReport:
+    """One segment: the values that share an order, and the order that was found.
+
+    Attributes:
+        name: the first producer's layer.
+        consumers: layers that read the segment.
+        producers: layers that make its channels.
+        objective: bytes gathered, for one inference of the example inputs.
+        bound: proven lower bound of the objective.
+        optimal: whether the objective is proven least.
+        seconds: time the solver took.
+        channel_bytes: bytes of one channel.
+        instance: the permutation program.
+        solution: its solution.
+    """
+
+    name: str
+    consumers: tuple[str, ...]
+    producers: tuple[str, ...]
+    objective: float
+    bound: float
+    optimal: bool
+    seconds: float
+    channel_bytes: int
+    instance: Instance
+    solution: Solution
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One conv or linear layer.
+
+    Attributes:
+        name: the user's module.
+        channels_in: input channels before and after.
+        channels_out: output channels before and after.
+        reads: how it takes its input: "whole", "range" or "gather".
+        kept: why output channels were kept, as {reason: channels}, the channels as ranges ("0:16,31").
+        parameters: entries of its weight and bias before and after.
+        macs: multiply-accumulates before and after.
+    """
+
+    name: str
+    channels_in: tuple[int, int]
+    channels_out: tuple[int, int]
+    reads: str
+    kept: Mapping[str, str]
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What chanopt did to a model. All figures are for one inference of the example inputs.
+
+    Attributes:
+        model: class name of the model.
+        consumers: ops that read channels through a weight.
+        slices: reads of a proper range, which are views.
+        gathers: ops with a read that is not one range.
+        copies: reads that materialise memory.
+        gathered_channels: channels in those.
+        copied_bytes: bytes in those.
+        macs_before, macs_after: multiply-accumulates of convs and linears.
+        parameters_before, parameters_after: parameter entries.
+        segments: every permutation program that was solved.
+        layers: every conv and linear.
+        refusals: operators without a channel rule, whose operands were left whole.
+        seconds: time per stage ("capture", "optimize" and the passes in it).
+    """
+
+    model: str
+    consumers: int
+    slices: int
+    gathers: int
+    copies: int
+    gathered_channels: int
+    copied_bytes: int
+    macs_before: int
+    macs_after: int
+    parameters_before: int
+    parameters_after: int
+    segments: tuple[SegmentReport, ...] = ()
+    layers: tuple[LayerReport, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        from chanopt.report.text import render
+
+        return render(self)
+
+    def to_json(self) -> str:
+        """The report as JSON; :meth:`from_json` reads it back."""
+        data: dict[str, Any] = {"format": FORMAT, **asdict(self)}
+        for row, segment in zip(data["segments"], self.segments, strict=True):
+            row["instance"] = json.loads(segment.instance.to_json())
+            row["solution"] = json.loads(segment.solution.to_json())
+        return json.dumps(data)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read a report from JSON."""
+        data = json.loads(text)
+        data.pop("format")
+        data["segments"] = tuple(_segment(row) for row in data["segments"])
+        data["layers"] = tuple(_layer(row) for row in data["layers"])
+        data["refusals"] = tuple(Refusal(**row) for row in data["refusals"])
+        return cls(**data)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page with a picture of every multi-branch segment; returns the path.
+
+        Needs the extra ``report`` (jinja2).
+        """
+        from chanopt.report.html import render
+
+        target = Path(path)
+        target.write_text(render(self), encoding="utf-8")
+        return target
+
+    def why(self, layer: str, channel: int) -> str:
+        """Why an output channel of a layer was kept, or that it was not.
+
+        Raises:
+            KeyError: no such layer.
+        """
+        from chanopt.ir import IndexMap
+
+        row = next((row for row in self.layers if row.name == layer), None)
+        if row is None:
+            raise KeyError(f"expected one of the report's layers, found {layer!r}")
+        reasons = [reason for reason, channels in row.kept.items() if channel in IndexMap.parse(channels)]
+        return "; ".join(reasons) if reasons else "not kept: nothing reads it"
+
+
+def _segment(row: dict[str, Any]) -> SegmentReport:
+    row = dict(row)
+    row["instance"] = Instance.from_json(row["instance"])
+    row["solution"] = Solution.from_json(row["solution"])
+    return SegmentReport(**{**row, "consumers": tuple(row["consumers"]), "producers": tuple(row["producers"])})
+
+
+def _layer(row: dict[str, Any]) -> LayerReport:
+    pairs = {key: tuple(row[key]) for key in ("channels_in", "channels_out", "parameters", "macs")}
+    return LayerReport(**{**row, **pairs})
+
+
+def merged(model: str, parts: Mapping[str, Report], refusals: tuple[Refusal, ...]) -> Report:
+    """One report of several: of the parts of a model that could be captured, under their names."""
+    totals = (
+        "consumers slices gathers copies gathered_channels copied_bytes macs_before macs_after parameters_before "
+        "parameters_after"
+    ).split()
+    seconds: dict[str, float] = {}
+    for report in parts.values():
+        for stage, spent in report.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + spent
+    return Report(
+        model,
+        **{name: sum(getattr(report, name) for report in parts.values()) for name in totals},
+        segments=tuple(segment for report in parts.values() for segment in report.segments),
+        layers=tuple(layer for report in parts.values() for layer in report.layers),
+        refusals=(*refusals, *(refusal for report in parts.values() for refusal in report.refusals)),
+        seconds=seconds,
+    )
