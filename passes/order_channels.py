@@ -117,12 +117,13 @@ class _Layouts:
     def _follow(self, node: str) -> Labels:
         """The order of a node that is read whole: operand by operand, each in the order it comes in."""
         whole = self.graph.whole[node]
+        if not whole.spans:
+            return self._rank(self.graph.node_of[whole.flows[0].source])
         rank = np.arange(self.total)
         for flow in whole.flows:
-            theirs = self._rank(self.graph.node_of[flow.source])
-            rank[flow.labels] = theirs[flow.labels]
-        blocks = whole.blocks or (whole.labels,)
-        return self._ranked(np.concatenate([block[np.argsort(rank[block], kind="stable")] for block in blocks]))
+            span = next(span for span in whole.spans if flow.labels[0] in span)
+            rank[span] = self._rank(self.graph.node_of[flow.source])[span]
+        return self._ranked(np.concatenate([span[np.argsort(rank[span], kind="stable")] for span in whole.spans]))
 
     def run(self) -> dict[str, Layout]:
         live = {

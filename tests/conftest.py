@@ -18,6 +18,11 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # copy.deepcopy of a graph module whose inputs are a pytree; raised by torch under the name of copyreg.
+    config.addinivalue_line("filterwarnings", "ignore:.*LeafSpec.* is deprecated:FutureWarning")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

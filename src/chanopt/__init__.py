@@ -10,10 +10,10 @@
 """
 
 from chanopt import passes
-from chanopt.api import Mask, explain, lower, optimize, verify
+from chanopt.api import Captured, Mask, capture, explain, lower, optimize, verify
 from chanopt.ir import Program, parse
 from chanopt.report import Report
 
 __version__ = "0.1.0"
 
-__all__ = ["Mask", "Program", "Report", "explain", "lower", "optimize", "parse", "passes", "verify"]
+__all__ = ["Captured", "Mask", "Program", "Report", "capture", "explain", "lower", "optimize", "parse", "passes", "verify"]

@@ -26,11 +26,12 @@ _LOG = logging.getLogger(__name__)
 _KEY = "chanopt"
 
 Passes = Pass | Sequence[Pass]
+Model = nn.Module | ExportedProgram | Captured
 
 
 def lower(
-    model: nn.Module | ExportedProgram,
-    example_inputs: tuple[Any, ...],
+    model: Model,
+    example_inputs: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     masks: Mapping[str, Mask] | None = None,
@@ -39,7 +40,8 @@ def lower(
     """Capture a model and lower it to the channel-flow IR. The model is not modified.
 
     Args:
-        model: a module in eval mode, or an exported program.
+        model: a module in eval mode, an exported program, or what :func:`capture` made of a module (the inputs are
+            then known; a pruner that tries many masks on one module captures it once).
         example_inputs: positional inputs, any pytree of tensors. The batch becomes dynamic where the model allows it.
         kwargs: keyword inputs.
         masks: masks by module name, over the zeros already in the weights.
@@ -51,12 +53,12 @@ def lower(
         MaskError: a mask for a module or channel that does not exist.
         ChanoptError: a weight is NaN or infinite.
     """
-    return _lowered(capture(model, _tuple(example_inputs), kwargs), model, masks, strict)
+    return _lowered(_captured(model, _tuple(example_inputs), kwargs), masks, strict)
 
 
 def optimize(
-    model: nn.Module | ExportedProgram,
-    example_inputs: tuple[Any, ...],
+    model: Model,
+    example_inputs: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     masks: Mapping[str, Mask] | None = None,
@@ -86,12 +88,14 @@ def optimize(
     inputs = _tuple(example_inputs)
     started = time.perf_counter()
     try:
-        captured = capture(model, inputs, kwargs)
+        captured = _captured(model, inputs, kwargs)
     except CaptureError as error:
-        if strict or masks or isinstance(model, ExportedProgram) or any(m.training for m in model.modules()):
+        whole = isinstance(model, nn.Module) and not any(part.training for part in model.modules())
+        if strict or masks or not whole:
             raise
+        assert isinstance(model, nn.Module)
         return _in_parts(model, inputs, kwargs, pipeline, error)
-    return _optimized(captured, model, masks, pipeline, strict, time.perf_counter() - started)
+    return _optimized(captured, masks, pipeline, strict, time.perf_counter() - started)
 
 
 def explain(module: nn.Module) -> Report:
@@ -113,13 +117,14 @@ def _tuple(inputs: Any) -> tuple[Any, ...]:
     return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
-def _lowered(
-    captured: Captured, model: nn.Module | ExportedProgram, masks: Mapping[str, Mask] | None, strict: bool
-) -> Program:
+def _captured(model: Model, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Captured:
+    return model if isinstance(model, Captured) else capture(model, inputs, kwargs)
+
+
+def _lowered(captured: Captured, masks: Mapping[str, Mask] | None, strict: bool) -> Program:
     program = lower_captured(captured, RULES, strict=strict)
     if masks:
-        modules = [] if isinstance(model, ExportedProgram) else [name for name, _ in model.named_modules()]
-        program = apply_masks(program, masks, modules)
+        program = apply_masks(program, masks, captured.modules)
     _require_finite(program)
     return program
 
@@ -138,20 +143,19 @@ def _require_finite(program: Program) -> None:
 
 def _optimized(
     captured: Captured,
-    model: nn.Module | ExportedProgram,
     masks: Mapping[str, Mask] | None,
     pipeline: Passes,
     strict: bool,
     spent: float,
 ) -> fx.GraphModule:
     started = time.perf_counter()
-    before = _lowered(captured, model, masks, strict)
+    before = _lowered(captured, masks, strict)
     run = pipeline if isinstance(pipeline, Pass) else Pipeline(tuple(pipeline))
     result = run(before)
     module = result.program.to_module()
     assert isinstance(module, fx.GraphModule)
     seconds = {"capture": spent, "optimize": time.perf_counter() - started, **result.seconds}
-    report = build(type(model).__name__, before, result.program, result.notes, seconds)
+    report = build(captured.name, before, result.program, result.notes, seconds)
     module.meta[_KEY] = report
     _LOG.info("%s: %s", report.model, seconds)
     return module
@@ -165,7 +169,7 @@ def _in_parts(
     def part(module: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[nn.Module, Report]:
         started = time.perf_counter()
         captured = capture(module, args, keywords)
-        fast = _optimized(captured, module, None, pipeline, False, time.perf_counter() - started)
+        fast = _optimized(captured, None, pipeline, False, time.perf_counter() - started)
         return fast, explain(fast)
 
     whole, report = optimize_parts(model, inputs, dict(kwargs or {}), part, error)
@@ -173,4 +177,4 @@ def _in_parts(
     return whole
 
 
-__all__ = ["Mask", "explain", "lower", "optimize", "verify"]
+__all__ = ["Captured", "Mask", "capture", "explain", "lower", "optimize", "verify"]

@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from chanopt.errors import VerifyError
 
-TOLERANCE = 1e-10
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Relative error that rounding may cause when weights of a dtype are folded, summed and rounded back to it."""
 
 
 def verify(
@@ -21,7 +22,7 @@ def verify(
     example_inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
     *,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     trials: int = 2,
     seed: int = 0,
 ) -> float:
@@ -32,7 +33,8 @@ def verify(
         fast: the module to check; not modified.
         example_inputs: positional inputs.
         kwargs: keyword inputs.
-        tolerance: greatest ``max|a - b| / max|a|`` allowed, per output.
+        tolerance: greatest ``max|a - b| / max|a|`` allowed, per output; by default 1e-10 where the weights are
+            float64, 1e-4 where they are float32 (:data:`TOLERANCES`).
         trials: how many fresh inputs to try besides the example.
         seed: of the fresh inputs.
 
@@ -42,6 +44,7 @@ def verify(
     Raises:
         VerifyError: an output is past the tolerance, not finite where the reference is, or of another shape.
     """
+    allowed = _tolerance(fast) if tolerance is None else tolerance
     reference, candidate = double(model), double(fast)
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
@@ -50,8 +53,12 @@ def verify(
         with torch.no_grad():
             expected = reference(*inputs[0], **inputs[1])
             found = candidate(*inputs[0], **inputs[1])
-        worst = max(worst, _compared(expected, found, tolerance, trial))
+        worst = max(worst, _compared(expected, found, allowed, trial))
     return worst
+
+
+def _tolerance(module: nn.Module) -> float:
+    return max((TOLERANCES.get(p.dtype, 0.0) for p in module.parameters()), default=TOLERANCES[torch.float64])
 
 
 def copied(module: nn.Module) -> nn.Module:

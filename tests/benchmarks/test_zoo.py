@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import torchvision_shim, zoo
+from benchmarks import zoo
+from chanopt import torchvision_shim
 
 
 def test_the_lists_are_the_58_surveyed_networks_and_ten_of_timm() -> None:

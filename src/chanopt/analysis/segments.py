@@ -61,14 +61,12 @@ class Whole:
     """A node that is only read whole, and so takes its order from what it is made of.
 
     Attributes:
-        labels: what it has.
         flows: what it is made of.
-        blocks: of a concat, the labels of each operand, in operand order.
+        spans: of a concat, the labels of each operand, live or not, in operand order.
     """
 
-    labels: Labels
     flows: tuple[Flow, ...]
-    blocks: tuple[Labels, ...]
+    spans: tuple[Labels, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +113,7 @@ class OrderGraph:
     wishes: dict[str, list[Wish]] = field(default_factory=dict)
     pins: dict[str, Labels] = field(default_factory=dict)
     blocks: dict[str, list[Labels]] = field(default_factory=dict)
+    spans: dict[str, list[Labels]] = field(default_factory=dict)
     whole: dict[str, Whole] = field(default_factory=dict)
     members: dict[str, list[str]] = field(default_factory=dict)
 
@@ -145,9 +144,10 @@ class OrderGraph:
         if op.kind in (Kind.SOURCE, Kind.BARRIER) or is_rigid(op):
             self.pins[name] = self.labels[name]
         if op.kind is Kind.CONCAT:
-            live = self.demand.live[name]
-            parts = [self.labelling.of[name][live & (read.index.array >= 0)] for read in op.reads]
-            self.blocks[name] = [part for part in parts if len(part)]
+            here = [read.index.array >= 0 for read in op.reads]
+            live = [self.labelling.of[name][self.demand.live[name] & part] for part in here]
+            self.blocks[name] = [part for part in live if len(part)]
+            self.spans[name] = [self.labelling.of[name][part] for part in here]
         if op.kind is Kind.SPLIT:
             self.blocks[name] = [self.labels[name]]
 
@@ -253,9 +253,9 @@ class OrderGraph:
         self.members[target] += self.members.pop(source)
         self.labels[target] = unique_in_order(np.concatenate([self.labels[target], self.labels.pop(source)])).array
         self.wishes[target] += self.wishes.pop(source)
-        self.blocks.setdefault(target, []).extend(self.blocks.pop(source, []))
-        if not self.blocks[target]:
-            del self.blocks[target]
+        for table in (self.blocks, self.spans):
+            if source in table:
+                table[target] = table.get(target, []) + table.pop(source)
 
     def _drop_whole(self) -> bool:
         """Case 3: nodes without outgoing flows whose readers all take everything in any order."""
@@ -288,7 +288,9 @@ class OrderGraph:
             weight, place = (flow.weight, flow.place) if at_flow else (later, None)
             self.wishes[flow.source].append(Wish(wishes[0].name, flow.labels, weight, place))
         self.flows = [flow for flow in self.flows if flow.target != node]
-        self.whole[node] = Whole(self.labels.pop(node), tuple(flows), tuple(self.blocks.pop(node, ())))
+        self.labels.pop(node)
+        self.blocks.pop(node, None)
+        self.whole[node] = Whole(tuple(flows), tuple(self.spans.pop(node, ())))
 
     # -- instances ------------------------------------------------------------------------------------------------
 

@@ -22,19 +22,23 @@ _MOST = 65535  # batch norm on CUDA guards on a batch of at most this
 
 @dataclass(frozen=True)
 class Captured:
-    """A captured model.
+    """A captured model. Its graph holds the model's own parameters: in-place changes of them are seen.
 
     Attributes:
+        name: class name of the model.
         graph: functional ATen graph with parameters as ``get_attr`` nodes under their original names.
         batch: example batch size.
         dynamic: whether the graph takes any batch size.
         channels_last: whether a four-dimensional example input was laid out channels last.
+        modules: the names of the model's modules.
     """
 
+    name: str
     graph: fx.GraphModule
     batch: int
     dynamic: bool
     channels_last: bool
+    modules: tuple[str, ...] = ()
 
 
 def capture(
@@ -56,13 +60,15 @@ def capture(
     batch = next((t.shape[0] for t in tensors if t.ndim), 1)
     channels_last = any(_is_channels_last(t) for t in tensors)
     if isinstance(model, ExportedProgram):
-        return Captured(_functional(model), batch, bool(model.range_constraints), channels_last)
+        return Captured("ExportedProgram", _functional(model), batch, bool(model.range_constraints), channels_last)
     _require_eval(model)
     with _untouched(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported, dynamic = _export(model, args, dict(kwargs or {}), batch)
         graph = _functional(exported)
-    return Captured(graph, batch, dynamic, channels_last)
+    return Captured(
+        type(model).__name__, graph, batch, dynamic, channels_last, tuple(name for name, _ in model.named_modules())
+    )
 
 
 def _require_eval(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -233,11 +234,11 @@ class Lowering:
         value = self.add(call, Kind.SOURCE, call.args, None)
         for axis, (size, hint) in enumerate(zip(call.shape, call.hint, strict=True)):
             if isinstance(size, str) and size not in self.sources:
-                self.sources[size] = self._size(value, axis, size, hint)
+                self.sources[size] = self._size(value, axis, hint)
         return value
 
-    def _size(self, value: Value, axis: int, symbol: str, hint: int) -> Scalar:
-        name = self.fresh(f"size_{symbol}")
+    def _size(self, value: Value, axis: int, hint: int) -> Scalar:
+        name = self.fresh(f"{value.name}_size")
         self.values[name] = Value(name, "int", ())
         self.ops.append(Op(Kind.BARRIER, "aten.sym_size.int", (Read(value.name, Access.ALL), axis), result=name))
         return Scalar(name, hint)
@@ -325,7 +326,7 @@ def lower_captured(captured: Captured, rules: Mapping[str, Rule], *, strict: boo
     )
     program = Program(
         tuple(lowering.ops),
-        lowering.values,
+        _plain_symbols(lowering.values),
         {name: tensor.detach() for name, tensor in lowering.weights.items()},
         interface,
         captured.batch,
@@ -334,6 +335,20 @@ def lower_captured(captured: Captured, rules: Mapping[str, Rule], *, strict: boo
         AtenDialect(),
     )
     return without_dead_ops(program)
+
+
+def _plain_symbols(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Sizes in ``b`` rather than in torch's ``s77``, where one symbol (the batch) is all there is."""
+    found = {symbol for v in values.values() for s in v.shape if isinstance(s, str) for symbol in _SYMBOL.findall(s)}
+    if len(found) != 1:
+        return dict(values)
+    return {
+        name: replace(v, shape=tuple(_SYMBOL.sub("b", s) if isinstance(s, str) else s for s in v.shape))
+        for name, v in values.items()
+    }
+
+
+_SYMBOL = re.compile(r"\bs\d+\b")
 
 
 def without_dead_ops(program: Program) -> Program:
@@ -363,7 +378,8 @@ def _call(
     tensor = node.meta["val"] if example is None else example
     shape = tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
     hint = tuple(_hint(size) for size in tensor.shape)
-    return Call(target, args, kwargs, node.name, shape, hint, tensor.dtype, layer_of(node), source_of(node))
+    name = target.split(".")[1] if example is not None else node.name
+    return Call(target, args, kwargs, name, shape, hint, tensor.dtype, layer_of(node), source_of(node))
 
 
 def _hint(size: int | torch.SymInt) -> int:

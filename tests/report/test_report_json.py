@@ -1,0 +1,61 @@
+"""The report as data: its JSON form, and the answers to why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from chanopt.report import Report
+from tests.report import samples
+
+
+@pytest.mark.parametrize(
+    "make", [samples.by_hand, samples.hostile, samples.empty, samples.large, samples.by_chanopt]
+)
+def test_round_trip(make: Callable[[], Report]) -> None:
+    report = make()
+    again = Report.from_json(report.to_json())
+    assert again == report
+    assert str(again) == str(report)
+
+
+def test_json_is_plain_data() -> None:
+    table = json.loads(samples.by_hand().to_json())
+    assert table["format"] == 1
+    assert table["segments"][0]["instance"]["edges"][0]["name"] == "relu -> relu_1"
+    assert table["segments"][0]["solution"]["cut"] == ["relu -> relu_1"]
+    assert table["layers"][0]["kept"] == {"read by conv2": "0:16,31", "the model's output": "31,40"}
+
+
+@pytest.mark.parametrize(
+    ("channel", "why"),
+    [
+        (0, "read by conv2"),
+        (15, "read by conv2"),
+        (31, "read by conv2; the model's output"),
+        (40, "the model's output"),
+        (16, "not kept: nothing reads it"),
+    ],
+)
+def test_why_a_channel_is_kept(channel: int, why: str) -> None:
+    assert samples.by_hand().why("conv1", channel) == why
+
+
+def test_why_of_a_layer_that_is_not_there() -> None:
+    with pytest.raises(KeyError, match="expected one of the report's layers, found 'conv9'"):
+        samples.by_hand().why("conv9", 0)
+
+
+def test_a_real_report_says_why_and_who() -> None:
+    report = samples.by_chanopt()
+    stem = next(layer for layer in report.layers if layer.name == "stem")
+    kept = [channel for channel in range(16) if not report.why("stem", channel).startswith("not kept")]
+    assert len(kept) == stem.channels_out[1] <= stem.channels_out[0] == 16
+    reasons = {reason for channel in kept for reason in report.why("stem", channel).split("; ")}
+    assert {"read by head", "read by third", "read by first"} <= reasons
+    assert report.why("head", 0) == "the model's output"
+    assert [refusal.op for refusal in report.refusals] == ["aten.cumsum.default"]
+    assert report.macs_after < report.macs_before
+    assert report.macs_before == sum(layer.macs[0] for layer in report.layers)
