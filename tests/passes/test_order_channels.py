@@ -157,7 +157,7 @@ def test_case_3_a_gather_stands_below_a_pool_where_it_moves_less() -> None:
     assert optimal
     assert objective <= quarter * 2
     gathers = [(op.label(), physical) for op in result.program.ops for _, physical in physical_reads(op, result.program) if physical.form is Form.GATHER]
-    assert [(label, len(physical.positions)) for label, physical in gathers] == [("d", 5)]
+    assert [(label, len(physical.positions)) for label, physical in gathers] == [("d", 5)], result.program
 
 
 @pytest.mark.parametrize(

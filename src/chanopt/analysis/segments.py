@@ -216,7 +216,6 @@ class OrderGraph:
 
     def _join_chains(self) -> bool:
         into, out = self._into(), self._out()
-        chosen: list[Flow] = []
         for node, flows in out.items():
             single = len(flows) == 1 and len(into[node]) == 1 and not self.wishes[node]
             if not single or node in self.pins or node in self.blocks or len(flows[0].labels) != len(self.labels[flows[0].target]):
@@ -224,11 +223,12 @@ class OrderGraph:
             before, after = into[node][0], flows[0]
             if len(before.labels) != len(after.labels) or before.source == node:
                 continue
-            if after.weight < before.weight:  # the gather is cheaper further down
-                before.weight, before.place = after.weight, after.place
-            chosen.append(after)
-            break  # one at a time: the next chain may hold the same flows
-        return self._merge_all(chosen)
+            if after.weight < before.weight:  # the gather is cheaper further down: this value keeps the order above
+                self._merge(before, node, before.source)
+            else:
+                self._merge(after, node, after.target)
+            return True
+        return False
 
     def _merge_all(self, flows: Iterable[Flow]) -> bool:
         merged = False
