@@ -93,7 +93,7 @@ def _scaled(op: Op, affine: Op, program: Program, edits: WeightEdits) -> Op:
     weight = edits.tensors[param.name].detach()
     sizes = [1] * weight.ndim
     sizes[param.out] = -1
-    factor = torch.from_numpy(np.ascontiguousarray(scale)).to(weight.device).reshape(sizes)
+    factor = torch.tensor(scale).to(weight.device).reshape(sizes)
     bias = bias_values(op, program) * scale + shift
     op = edits.set_weight(op, (weight.double() * factor).to(weight.dtype))
     op = edits.set_bias(op, bias)

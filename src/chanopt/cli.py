@@ -154,7 +154,7 @@ def _stages(count: int) -> Generator[Callable[[str], None]]:
 
 def _optimize(args: argparse.Namespace) -> None:
     error = None
-    _require_folders(args.output, args.html, args.json)
+    _require_means(args.html, args.output, args.json)
     with _stages(4 if args.verify else 3) as begin:
         begin("load")
         exported = load(args.input)
@@ -173,7 +173,7 @@ def _optimize(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    _require_folders(args.html, args.json)
+    _require_means(args.html, args.json)
     with _stages(2) as begin:
         begin("load")
         exported = load(args.input)
@@ -183,13 +183,13 @@ def _explain(args: argparse.Namespace) -> None:
     _write(report, args.html, args.json)
 
 
-def _require_folders(*paths: Path | None) -> None:
-    """Refuse before the work, not after it, to write where there is no folder."""
-    for path in paths:
+def _require_means(html: Path | None, *others: Path | None) -> None:
+    """Refuse before the work, not after it, what cannot be written."""
+    if html is not None:
+        demo.require_jinja2()
+    for path in (html, *others):
         if path is not None and not path.parent.is_dir():
-            raise ChanoptError(
-                f"expected a folder {path.parent} to write {path.name} in, found none; make it first"
-            )
+            raise ChanoptError(f"expected a folder {path.parent} for {path.name}, found none; make it first")
 
 
 def _write(report: Report, html: Path | None, json: Path | None) -> None:

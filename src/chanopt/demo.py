@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib.util
 import platform
 import statistics
 import sys
@@ -107,11 +108,12 @@ def run(args: argparse.Namespace) -> None:
     """Run the demo on parsed arguments (:func:`add_arguments`).
 
     Raises:
-        ChanoptError: torchvision is missing, there is no such model, or one cannot be optimised.
+        ChanoptError: torchvision or jinja2 is missing, there is no such model, or one cannot be optimised.
         VerifyError: outputs differ.
     """
     resolution = args.resolution or (QUICK_RESOLUTION if args.quick else RESOLUTION)
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    require_jinja2()
     models = _models()
     _require_known(models, args.models)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -125,6 +127,19 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.amount:.0%} of the input channels of each layer were masked: those of least L2 norm.")
     for outcome in outcomes:
         print(f"report: {outcome.page.resolve()}")
+
+
+def require_jinja2() -> None:
+    """Refuse to begin what will end in an HTML page where none can be made.
+
+    Raises:
+        ChanoptError: jinja2 is not installed.
+    """
+    if importlib.util.find_spec("jinja2") is None:
+        raise ChanoptError(
+            "expected jinja2 for the report as HTML, found that it is not installed; "
+            "install it: pip install 'chanopt[report]'"
+        )
 
 
 def _models() -> ModuleType:

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from chanopt.codegen.in_place import write_in_place
 from chanopt.errors import IRError
 from chanopt.ir import (
     Access,
@@ -181,6 +182,7 @@ class _Emitter:
         self.nodes: dict[str, fx.Node] = {}
         self.made: dict[tuple[str, IndexMap], fx.Node] = {}
         self.names: dict[str, list[tuple[Any, str]]] = {}
+        self.shapes: dict[fx.Node, tuple[tuple[int | str, ...], str]] = {}
 
     def module(self) -> fx.GraphModule:
         interface = self.program.interface
@@ -191,6 +193,7 @@ class _Emitter:
         )
         for op in self.program.ops:
             self.op(op)
+        write_in_place(self.graph, self.shapes)
         self.graph.set_codegen(_PyTreeCodeGen(info))
         module = fx.GraphModule(self.root, self.graph, class_name="ChanoptModule")
         module.graph.lint()
@@ -213,6 +216,9 @@ class _Emitter:
         args, kwargs = _real_args(op, lambda arg: self.arg(op, arg, reads))
         node = self.graph.create_node("call_function", resolve(op.target), tuple(args), kwargs, op.result)
         node.meta["chanopt"] = {"layer": op.layer, "source": op.source}
+        value = self.program.values[op.result]
+        sizes = [len(value.layout) if value.layout and axis == value.axis else s for axis, s in enumerate(value.shape)]
+        self.shapes[node] = (tuple(sizes), value.dtype)
         return node
 
     def concat(self, op: Op) -> fx.Node:

@@ -34,7 +34,7 @@ class WeightEdits:
         weight, bias = op.args[1], op.args[2]
         assert isinstance(weight, Param)
         like = self.tensors[weight.name]
-        tensor = torch.from_numpy(np.ascontiguousarray(values)).to(like.dtype).to(like.device)
+        tensor = torch.tensor(values).to(like.dtype).to(like.device)
         if isinstance(bias, Param):
             return self._with(op, 2, replace(bias, name=self._store(bias.name, tensor)))
         stem = weight.name.removesuffix("weight")
