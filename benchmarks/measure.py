@@ -127,8 +127,8 @@ def _measure_chanopt(name: str, resolution: int, model32: nn.Module, known: dict
     fast = _optimized(name, model, inputs(1, torch.float64, 0))
     known |= figures(chanopt.explain(fast), itemsize=torch.float64.itemsize)
     known["error64"] = relative_error(model, fast, inputs(1, torch.float64, 11))
-    known["sensitivity"] = zoo.sensitivity(model, inputs(3, torch.float64, 12))
-    known["error64_batch"] = relative_error(model, fast, inputs(3, torch.float64, 12))
+    known["sensitivity"] = zoo.sensitivity(model, inputs(2, torch.float64, 12))
+    known["error64_batch"] = relative_error(model, fast, inputs(2, torch.float64, 12))
     del model
     known["error32"] = relative_error(model32, fast.float(), inputs(1, torch.float32, 13))
 

@@ -8,6 +8,7 @@ from chanopt.passes.drop_dead import DropDead
 from chanopt.passes.fold_affine import FoldAffine
 from chanopt.passes.fold_constants import FoldConstants
 from chanopt.passes.order_channels import OrderChannels
+from chanopt.passes.pool_channels_last import PoolChannelsLast
 
 DEFAULT: tuple[Pass, ...] = (
     FoldAffine(),  # batch norm into convs
@@ -15,7 +16,17 @@ DEFAULT: tuple[Pass, ...] = (
     FoldAffine(),  # what has become a per-channel constant, too
     DropDead(),  # what nobody needs any more
     OrderChannels(),  # so that what is left is read in ranges
+    PoolChannelsLast(),  # the form of a pool that this device is quicker at
 )
 """The default pipeline, in order."""
 
-__all__ = ["DEFAULT", "DropDead", "FoldAffine", "FoldConstants", "OrderChannels", "Pass", "Pipeline"]
+__all__ = [
+    "DEFAULT",
+    "DropDead",
+    "FoldAffine",
+    "FoldConstants",
+    "OrderChannels",
+    "Pass",
+    "Pipeline",
+    "PoolChannelsLast",
+]

@@ -70,8 +70,8 @@ def optimize(
 
     Args:
         model, example_inputs, kwargs, masks, strict: as for :func:`lower`.
-        target: the device that the order of channels is chosen for. Costs are bytes gathered, which are the same on
-            every device so far; "auto" is where the model's parameters are.
+        target: the device that choices are made for; "auto" is where the model's parameters are. The order of
+            channels minimises bytes, which are the same everywhere; how a pool is run is not.
         pipeline: passes to run.
 
     Returns:
@@ -94,8 +94,8 @@ def optimize(
         if strict or masks or not whole:
             raise
         assert isinstance(model, nn.Module)
-        return _in_parts(model, inputs, kwargs, pipeline, error)
-    return _optimized(captured, masks, pipeline, strict, time.perf_counter() - started)
+        return _in_parts(model, inputs, kwargs, target, pipeline, error)
+    return _optimized(captured, masks, target, pipeline, strict, time.perf_counter() - started)
 
 
 def explain(module: nn.Module) -> Report:
@@ -144,12 +144,15 @@ def _require_finite(program: Program) -> None:
 def _optimized(
     captured: Captured,
     masks: Mapping[str, Mask] | None,
+    target: str,
     pipeline: Passes,
     strict: bool,
     spent: float,
 ) -> fx.GraphModule:
     started = time.perf_counter()
     before = _lowered(captured, masks, strict)
+    if target != "auto":
+        before = replace(before, target=target)
     run = pipeline if isinstance(pipeline, Pass) else Pipeline(tuple(pipeline))
     result = run(before)
     module = result.program.to_module()
@@ -162,14 +165,14 @@ def _optimized(
 
 
 def _in_parts(
-    model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None, pipeline: Passes, error: CaptureError
+    model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None, target: str, pipeline: Passes, error: CaptureError
 ) -> nn.Module:
     """Optimise what can be captured of a model that cannot be captured as a whole."""
 
     def part(module: nn.Module, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[nn.Module, Report]:
         started = time.perf_counter()
         captured = capture(module, args, keywords)
-        fast = _optimized(captured, None, pipeline, False, time.perf_counter() - started)
+        fast = _optimized(captured, None, target, pipeline, False, time.perf_counter() - started)
         return fast, explain(fast)
 
     whole, report = optimize_parts(model, inputs, dict(kwargs or {}), part, error)

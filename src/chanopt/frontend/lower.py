@@ -332,6 +332,7 @@ def lower_captured(captured: Captured, rules: Mapping[str, Rule], *, strict: boo
         captured.batch,
         tuple(dict.fromkeys(lowering.refusals)),
         captured.channels_last,
+        next((tensor.device.type for tensor in lowering.weights.values()), "cpu"),
         AtenDialect(),
     )
     return without_dead_ops(program)

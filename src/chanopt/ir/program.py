@@ -252,6 +252,7 @@ class Program:
         batch: example batch size, for figures.
         refusals: operators without a rule.
         channels_last: whether the example inputs were laid out channels last.
+        target: the device type that choices are made for, "cpu" or "cuda".
         dialect: what the targets mean; not part of equality.
     """
 
@@ -262,6 +263,7 @@ class Program:
     batch: int = 1
     refusals: tuple[Refusal, ...] = ()
     channels_last: bool = False
+    target: str = "cpu"
     dialect: Dialect | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:

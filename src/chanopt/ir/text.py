@@ -14,7 +14,7 @@ from chanopt.errors import ParseError
 from chanopt.ir.index_map import IndexMap, Layout
 from chanopt.ir.program import Access, Arg, Interface, Kind, Marker, Op, Param, Program, Read, Refusal, Value
 
-_HEAD = re.compile(r"program batch=(\d+)( channels_last)? \{$")
+_HEAD = re.compile(r"program batch=(\d+)(?: target=(\w+))?( channels_last)? \{$")
 _TOKEN = re.compile(
     r"\s*(?P<token>%[\w.]+|[@&](?:[\w.\-]+|\"(?:[^\"\\]|\\.)*\")|\$[CG]|\"(?:[^\"\\]|\\.)*\"|torch\.\w+|[A-Za-z_][\w.]*"
     r"|-?(?:inf|nan|\d+\.?\d*(?:[eE][-+]?\d+)?)|.)"
@@ -27,7 +27,7 @@ _NUMBERS: dict[str, float] = {"inf": math.inf, "nan": math.nan}
 def write(program: Program) -> str:
     """The text of a program; ``parse`` reads it back."""
     flag = " channels_last" if program.channels_last else ""
-    lines = [f"program batch={program.batch}{flag} {{"]
+    lines = [f"program batch={program.batch} target={program.target}{flag} {{"]
     lines.append(f"  interface {json.dumps([program.interface.inputs, program.interface.outputs, *program.interface.arguments])}")
     lines += [f"  refused {json.dumps([r.op, r.layer, r.source, r.reason])}" for r in program.refusals]
     lines += [f"  {_write_op(op, program)}" for op in program.ops]
@@ -107,7 +107,7 @@ def parse(text: str) -> Program:
             if value is not None:
                 values[value.name] = value
     return Program(
-        tuple(ops), values, {}, interface, int(head[1]), tuple(refusals), bool(head[2])
+        tuple(ops), values, {}, interface, int(head[1]), tuple(refusals), bool(head[3]), head[2] or "cpu"
     )
 
 
