@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,7 +69,9 @@ def copied(module: nn.Module) -> nn.Module:
         for tensor in vars(part).values():
             if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
-    return copy.deepcopy(module, memo)
+    with warnings.catch_warnings():  # torch warns of its own pytree specs when a GraphModule is copied
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        return copy.deepcopy(module, memo)
 
 
 def double(module: nn.Module) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -99,6 +100,28 @@ def test_optimize_leaves_open_exactly_the_sizes_that_were_open(branches: Path, t
     fixed = saved(tmp_path / "fixed.pt2", Branches(), dynamic=False)
     assert run("optimize", fixed, tmp_path / "shut.pt2") == 0
     assert not torch.export.load(tmp_path / "shut.pt2").range_constraints
+
+
+def test_sizes_that_were_equal_stay_equal_over_nested_inputs(tmp_path: Path) -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Branches()
+
+        def forward(self, images: dict[str, Tensor], shift: Tensor) -> dict[str, Tensor]:
+            return {"sum": self.body(images["left"]) + shift}
+
+    model, images = Nested().eval(), {"left": torch.randn(2, 3, 12, 12)}
+    open_sizes = ({"left": {0: Dim.AUTO, 2: Dim("height", min=4, max=40)}}, {0: Dim.AUTO})
+    exported = torch.export.export(model, (images, torch.randn(2, 8, 1, 1)), dynamic_shapes=open_sizes)
+    torch.export.save(exported, tmp_path / "nested.pt2")
+    assert run("optimize", tmp_path / "nested.pt2", tmp_path / "slim.pt2") == 0
+    fast = torch.export.load(tmp_path / "slim.pt2")
+    assert sorted(map(str, fast.range_constraints.values())) == ["VR[2, int_oo]", "VR[4, 40]"]
+    inputs = ({"left": torch.randn(5, 3, 20, 12)}, torch.randn(5, 8, 1, 1))
+    torch.testing.assert_close(fast.module()(*inputs), model(*inputs), rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        fast.module()(inputs[0], torch.randn(4, 8, 1, 1))
 
 
 def test_optimize_keeps_keyword_inputs(tmp_path: Path) -> None:
@@ -233,7 +256,21 @@ def test_a_folder_that_does_not_exist(
     branches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("optimize", branches, tmp_path / "no" / "slim.pt2") == 2
-    assert f"expected a folder {tmp_path / 'no'} to write slim.pt2 in" in error_of(capsys)
+    assert f"expected a folder {tmp_path / 'no'} for slim.pt2, found none" in error_of(capsys)
+
+
+def test_missing_jinja2_is_told_before_the_work(
+    branches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "jinja2" else real(name, *rest)
+    )
+    assert run("optimize", branches, tmp_path / "slim.pt2", "--report", tmp_path / "report.html") == 2
+    assert "pip install 'chanopt[report]'" in error_of(capsys)
+    assert not (tmp_path / "slim.pt2").exists()
+    assert run("demo") == 2
+    assert "pip install 'chanopt[report]'" in error_of(capsys)
 
 
 def test_a_model_with_nan_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,6 +128,14 @@ def test_case_2_what_no_order_serves_is_made_wider_or_gathered_and_proven_least(
     assert bound == objective == after.copied_bytes
 
 
+def test_case_2_a_broken_multiplier_block_is_made_whole() -> None:
+    """Of a depthwise conv with two results a channel one goes: to compute it costs less than to copy all others."""
+    net = MICRO["depthwise_2"].build()
+    kill(net[4], inputs=[0, 1, 7])
+    result = assert_rewrites(OrderChannels(), net, image(), before=BEFORE)
+    assert figures(result.program).copies == 0
+
+
 def test_case_3_a_gather_stands_inside_a_concat() -> None:
     net = MICRO["dense_middle"].build()
     kill(net.head, inputs=[0, 3, 9, 14, 18])

@@ -76,8 +76,9 @@ class _Forwards:
         candidates = np.ones(len(result), np.bool_)
         for read in flows:
             candidates &= ~np.isnan(_behind(self.known[read.value], read)).any(1)
-        if len(flows) < len(op.reads):
-            candidates[:] = False  # another operand, of unknown value, takes part
+        others = [read for read in op.reads if read.access is not Access.FLOW]
+        if any(self.program.values[read.value].dtype != "int" for read in others):
+            candidates[:] = False  # another operand, of unknown value, takes part (a size does not)
         candidates |= self._absorbed(op, flows)
         if candidates.any():
             planes = {read.value: self._plane(read) for read in op.reads}
@@ -105,10 +106,12 @@ class _Forwards:
     def _plane(self, read: Read) -> torch.Tensor:
         """The operand with its constants at every pixel, and ones in the channels that are not constant."""
         value = self.program.values[read.value]
-        sizes = [size if isinstance(size, int) else self.program.batch for size in value.shape]
+        if value.dtype == "int":
+            return torch.tensor(self.dialect.hints[value.name])
+        sizes = [size if isinstance(size, int) else self.dialect.hints[size] for size in value.shape]
         dtype = getattr(torch, value.dtype)
         if value.layout is None or value.axis is None:
-            return torch.ones(sizes, dtype=dtype) if value.shape else torch.tensor(self.program.batch)
+            return torch.ones(sizes, dtype=dtype)
         filled = np.nan_to_num(self.known[read.value], nan=1.0)
         shape = [1] * len(sizes)
         shape[value.axis] = -1

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from chanopt.analysis.weights import weight_param
-from chanopt.ir import Form, Kind, Op, Param, Program, depthwise_multiplier, physical_read, physical_reads
+from chanopt.ir import Form, Kind, Op, Param, Program, physical_read, physical_reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def macs(op: Op, program: Program) -> int:
 
 def _groups(op: Op, program: Program) -> int:
     if op.kind is not Kind.GROUPED:
-        return depthwise_multiplier(op, program) if op.kind is Kind.MAP else 1
+        return 1
     live = program.values[op.result].live
     return max(1, len(np.unique(live.live.array * op.groups // live.channels)))
 

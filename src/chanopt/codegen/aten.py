@@ -27,7 +27,6 @@ from chanopt.ir import (
     PhysicalRead,
     Program,
     Read,
-    depthwise_multiplier,
     physical_read,
     physical_reads,
 )
@@ -53,7 +52,14 @@ def resolve(target: str) -> Callable[..., Any]:
 
 
 class AtenDialect:
-    """Programs over ATen operators."""
+    """Programs over ATen operators.
+
+    Attributes:
+        hints: the sizes that symbolic sizes, and values that are sizes, had when the model was traced.
+    """
+
+    def __init__(self, hints: Mapping[str, int] | None = None) -> None:
+        self.hints = dict(hints or {})
 
     def emit(self, program: Program) -> fx.GraphModule:
         """Build a GraphModule of ordinary ATen ops, with the channels cut and parameters under their names."""
@@ -275,7 +281,7 @@ class _Emitter:
     def groups(self, op: Op) -> int:
         result = self.program.values[op.result].live
         if op.kind is Kind.MAP:
-            return len(result) // depthwise_multiplier(op, self.program)
+            return len(result) // op.block
         return len(np.unique(result.live.array * op.groups // result.channels))
 
     def param(self, op: Op, param: Param) -> fx.Node:
@@ -317,13 +323,15 @@ def cut(
     program: Program,
 ) -> torch.Tensor:
     """A parameter cut to the result channels and the operand channels that are left, in physical order; a copy."""
+    last = tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if last else torch.contiguous_format
     if rows is not None and param.out is not None and not rows.is_identity(tensor.shape[param.out]):
         tensor = tensor.index_select(param.out, torch.from_numpy(rows.array.copy()))
     if columns is not None and param.inn is not None and op.kind is Kind.GROUPED and rows is not None:
         tensor = _cut_grouped(tensor, rows, columns, op, program)
     elif columns is not None and param.inn is not None and not columns.is_identity(tensor.shape[param.inn]):
         tensor = tensor.index_select(param.inn, torch.from_numpy(columns.array.copy()))
-    return tensor.detach().clone(memory_format=torch.preserve_format)
+    return tensor.detach().clone(memory_format=memory_format)
 
 
 def _cut_grouped(tensor: torch.Tensor, rows: IndexMap, columns: IndexMap, op: Op, program: Program) -> torch.Tensor:

@@ -128,13 +128,19 @@ def _export_dynamic(
 
 def _functional(exported: ExportedProgram) -> fx.GraphModule:
     """The normal form: an empty decomposition table functionalises and keeps composites whole."""
-    mutated = sorted({*exported.graph_signature.buffers_to_mutate.values()})
+    try:
+        functional = exported.run_decompositions({})
+        module = functional.module(check_guards=False)
+    except Exception as error:
+        raise CaptureError(
+            f"expected torch.export to make the graph functional, found {type(error).__name__}: {_first_line(error)}"
+        ) from error
+    mutated = sorted({*functional.graph_signature.buffers_to_mutate.values()})
     if mutated:
         raise CaptureError(
             f"expected a model that changes no state in its forward, found that it writes {mutated[:3]}; "
             "call model.eval(), or take the state out of the forward"
         )
-    module = exported.run_decompositions({}).module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     return module
 

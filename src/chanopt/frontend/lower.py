@@ -100,6 +100,7 @@ class Lowering:
     refusals: list[Refusal] = field(default_factory=list)
     aliases: dict[tuple[str, int], Value] = field(default_factory=dict)
     sources: dict[str, Scalar] = field(default_factory=dict)
+    hints: dict[str, int] = field(default_factory=dict)
 
     # -- building -------------------------------------------------------------------------------------------------
 
@@ -122,6 +123,7 @@ class Lowering:
 
     def _value(self, name: str, call: Call, axis: int | None) -> Value:
         dtype = str(call.dtype).removeprefix("torch.")
+        self.hints |= {s: hint for s, hint in zip(call.shape, call.hint, strict=True) if isinstance(s, str)}
         if axis is None:
             return Value(name, dtype, call.shape)
         channels = call.hint[axis]
@@ -241,6 +243,7 @@ class Lowering:
         name = self.fresh(f"{value.name}_size")
         self.values[name] = Value(name, "int", ())
         self.ops.append(Op(Kind.BARRIER, "aten.sym_size.int", (Read(value.name, Access.ALL), axis), result=name))
+        self.hints[name] = hint
         return Scalar(name, hint)
 
     def _operand(self, arg: Any) -> Any:
@@ -281,6 +284,7 @@ class Lowering:
             self.values[name] = Value(name, "int", ())
             self.ops.append(Op(Kind.BARRIER, target, tuple(self.literal(arg) for arg in args), result=name))
             self.sources[text] = Scalar(name, _hint(example))
+            self.hints[name] = _hint(example)
         return self.sources[text]
 
     def _several(self, node: fx.Node, target: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -324,29 +328,28 @@ def lower_captured(captured: Captured, rules: Mapping[str, Rule], *, strict: boo
     interface = Interface(
         pytree.treespec_dumps(info.in_spec), pytree.treespec_dumps(info.out_spec), tuple(info.orig_args)
     )
+    plain = _plain_symbols(lowering.values)
+    values = {n: replace(v, shape=tuple(map(plain, v.shape))) for n, v in lowering.values.items()}
     program = Program(
         tuple(lowering.ops),
-        _plain_symbols(lowering.values),
+        values,
         {name: tensor.detach() for name, tensor in lowering.weights.items()},
         interface,
         captured.batch,
         tuple(dict.fromkeys(lowering.refusals)),
         captured.channels_last,
         next((tensor.device.type for tensor in lowering.weights.values()), "cpu"),
-        AtenDialect(),
+        AtenDialect({str(plain(text)): hint for text, hint in lowering.hints.items()}),
     )
     return without_dead_ops(program)
 
 
-def _plain_symbols(values: Mapping[str, Value]) -> dict[str, Value]:
+def _plain_symbols(values: Mapping[str, Value]) -> Callable[[int | str], int | str]:
     """Sizes in ``b`` rather than in torch's ``s77``, where one symbol (the batch) is all there is."""
     found = {symbol for v in values.values() for s in v.shape if isinstance(s, str) for symbol in _SYMBOL.findall(s)}
     if len(found) != 1:
-        return dict(values)
-    return {
-        name: replace(v, shape=tuple(_SYMBOL.sub("b", s) if isinstance(s, str) else s for s in v.shape))
-        for name, v in values.items()
-    }
+        return lambda size: size
+    return lambda size: _SYMBOL.sub("b", size) if isinstance(size, str) else size
 
 
 _SYMBOL = re.compile(r"\bs\d+\b")

@@ -60,7 +60,7 @@ def _linear_in(
         multiplier = weight.tensor.shape[0] // channels
         index = IndexMap(np.repeat(np.arange(channels), multiplier))
         args = (flow(x, index), low.param(weight, 0), out_bias, *tail, Marker.GROUPS)
-        return low.add(call, Kind.MAP, args, axis, linear=True, border=border)
+        return low.add(call, Kind.MAP, args, axis, linear=True, border=border, block=multiplier)
     args = (take_all(x), low.param(weight, 0, 1), out_bias, *tail, Marker.GROUPS)
     return low.add(call, Kind.GROUPED, args, axis, linear=True, border=border, groups=groups)
 

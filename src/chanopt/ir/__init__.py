@@ -17,7 +17,7 @@ from chanopt.ir.program import (
     leaves,
     map_leaves,
 )
-from chanopt.ir.reads import Form, PhysicalRead, depthwise_multiplier, flow_back, logical_read, physical_read, physical_reads
+from chanopt.ir.reads import Form, PhysicalRead, flow_back, logical_read, physical_read, physical_reads
 from chanopt.ir.text import parse
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "Read",
     "Refusal",
     "Value",
-    "depthwise_multiplier",
     "flow_back",
     "leaves",
     "logical_read",

@@ -87,7 +87,7 @@ class IndexMap:
         """The maximal ascending runs as half-open ``(start, stop)`` pairs, in order."""
         if not len(self):
             return []
-        breaks = np.flatnonzero(np.diff(self._array) != 1) + 1
+        breaks = np.flatnonzero((np.diff(self._array) != 1) | (self._array[:-1] == self.ABSENT)) + 1
         starts = self._array[np.concatenate(([0], breaks))]
         lengths = np.diff(np.concatenate(([0], breaks, [len(self)])))
         return [(int(s), int(s + n)) for s, n in zip(starts, lengths, strict=True)]
@@ -117,25 +117,30 @@ class IndexMap:
         return self._hash
 
     def __str__(self) -> str:
-        pieces: list[str] = []
-        for start, stop in self.runs():
-            text = str(start) if stop == start + 1 else f"{start}:{stop}"
-            pieces.append(text)
-        return ",".join(_merge_repeats(pieces))
+        return ",".join(_written(self._array))
 
     def __repr__(self) -> str:
         return f"IndexMap({str(self)!r})"
 
 
-def _merge_repeats(pieces: list[str]) -> list[str]:
-    """Write ``5,5,5`` as ``5x3``: a flatten repeats each channel once per pixel."""
-    merged: list[tuple[str, int]] = []
-    for piece in pieces:
-        if merged and merged[-1][0] == piece and ":" not in piece:
-            merged[-1] = (piece, merged[-1][1] + 1)
-        else:
-            merged.append((piece, 1))
-    return [piece if times == 1 else f"{piece}x{times}" for piece, times in merged]
+def _written(array: Ints) -> Iterator[str]:
+    """Ranges as ``4:7``, repeats as ``5x3`` (a flatten repeats each channel once per pixel), else the number."""
+    same = np.split(array, np.flatnonzero(np.diff(array) != 0) + 1) if len(array) else []
+    singles: list[int] = []
+    for piece in same:
+        if len(piece) == 1 and piece[0] >= 0 and (not singles or piece[0] == singles[-1] + 1):
+            singles.append(int(piece[0]))
+            continue
+        yield from _range(singles)
+        singles = [int(piece[0])] if len(piece) == 1 and piece[0] >= 0 else []
+        if not singles:
+            yield f"{piece[0]}x{len(piece)}" if len(piece) > 1 else str(piece[0])
+    yield from _range(singles)
+
+
+def _range(singles: list[int]) -> Iterator[str]:
+    if singles:
+        yield str(singles[0]) if len(singles) == 1 else f"{singles[0]}:{singles[-1] + 1}"
 
 
 @dataclass(frozen=True, slots=True)

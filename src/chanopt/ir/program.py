@@ -130,7 +130,8 @@ class Op:
         kwargs: keyword arguments as sorted pairs.
         result: name of the value it makes ("" for the sink).
         groups: GROUPED and STATISTIC: number of groups.
-        block: the result exists in whole blocks of this many logical channels (49 after flattening 7x7).
+        block: the result exists in whole blocks of this many logical channels (49 after flattening 7x7, 2 after a
+            depthwise conv with multiplier 2), each made of one operand channel.
         linear: ``args[:3]`` are (read, weight, bias or None) and the op is linear in the read.
         border: a constant channel does not give a constant contribution (zero padding, transposed conv).
         layer: the user's module, e.g. ``layer1.0.conv1``.
@@ -214,6 +215,8 @@ class Interface:
 
 class Dialect(Protocol):
     """What a program's targets mean. The frontend attaches one; the IR itself knows no operator."""
+
+    hints: Mapping[str, int]
 
     def emit(self, program: Program) -> nn.Module:
         """Build the module that computes ``program``."""

@@ -64,11 +64,8 @@ def physical_read(op: Op, read: Read, program: Program) -> PhysicalRead:
     if read.access is Access.SET and op.kind is not Kind.GROUPED:
         order = np.argsort(positions.array, kind="stable")
         wanted, positions = IndexMap(wanted.array[order]), IndexMap(positions.array[order])
-    every = op.block
-    if op.linear and op.kind is Kind.MAP:
-        every = depthwise_multiplier(op, program)
-    if every > 1:  # a spread-out channel, or one that a depthwise conv multiplies, is read once
-        wanted, positions = IndexMap(wanted.array[::every]), IndexMap(positions.array[::every])
+    if op.block > 1:  # a channel that is spread out, or multiplied by a depthwise conv, is read once
+        wanted, positions = IndexMap(wanted.array[:: op.block]), IndexMap(positions.array[:: op.block])
     return PhysicalRead(wanted, positions, _form(positions, len(layout)))
 
 
@@ -95,21 +92,6 @@ def _pieces(op: Op, program: Program) -> Iterator[tuple[Read, PhysicalRead]]:
         wanted = IndexMap(read.index.array[stretch])
         positions = layout.positions(wanted)
         yield read, PhysicalRead(wanted, positions, _form(positions, len(layout)))
-
-
-def depthwise_multiplier(op: Op, program: Program) -> int:
-    """How many result channels a depthwise conv makes of each channel it reads.
-
-    1 where the result's blocks are broken up: the conv then reads a channel once per result channel.
-    """
-    wanted = flow_back(op.reads[0], program.values[op.result].live.live).array
-    once = np.unique(wanted)
-    times, rest = divmod(len(wanted), max(1, len(once)))
-    if rest or times == 0:
-        return 1
-    blocks = wanted.reshape(-1, times)
-    whole = bool((np.diff(blocks, axis=1) == 0).all()) and len(np.unique(blocks[:, 0])) == len(blocks)
-    return times if whole else 1
 
 
 def _form(positions: IndexMap, size: int) -> Form:

@@ -64,6 +64,8 @@ def _write_arg(arg: Arg, op: Op, program: Program) -> str:
         return name if axes == "_,_" else f"{name}<{axes}>"
     if isinstance(arg, Marker):
         return arg.value
+    if isinstance(arg, torch.device):
+        return f"torch.device({json.dumps(str(arg))})"
     if arg is None or isinstance(arg, bool):
         return str(arg).lower()
     return json.dumps(arg) if isinstance(arg, str) else str(arg)
@@ -141,8 +143,11 @@ class _Line:
     def index(self, close: str) -> IndexMap:
         match = _INDEX.match(self.text, self.at)
         assert match is not None  # the pattern accepts the empty string
-        self.at = match.end()
-        index = IndexMap.parse(match[0])
+        try:
+            index = IndexMap.parse(match[0])
+        except ValueError:
+            raise self.fail("an index") from None
+        self.at += len(match[0])
         self.take(close)
         return index
 
@@ -227,6 +232,11 @@ class _Line:
             return _WORDS[token]
         if token[0] == "$":
             return Marker(token)
+        if token == "torch.device":
+            self.take("(")
+            device = torch.device(json.loads(self.take()))
+            self.take(")")
+            return device
         if token.startswith("torch."):
             return getattr(torch, token[6:])
         return self.number_of(token)

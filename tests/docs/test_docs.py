@@ -1,0 +1,127 @@
+"""The pages in docs/: every Python block runs, in order, and prints what the text block after it says."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import linecache
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_COMPARE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text, and the line its text begins on."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text(encoding="utf-8")
+    for found in _FENCE.finditer(text):
+        yield Block(found[1], found[2], text.count("\n", 0, found.start(2)) + 1)
+
+
+def run(block: Block, page: Path, names: dict[str, Any]) -> str:
+    """What a block prints. Its lines keep their numbers on the page, in tracebacks and in the IR."""
+    name = f"docs/{page.name}"
+    lines = page.read_text(encoding="utf-8").splitlines(keepends=True)
+    linecache.cache[name] = (sum(map(len, lines)), None, lines, name)
+    padded = "\n" * (block.line - 1) + block.text
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(padded, name, "exec", dont_inherit=True), names)
+    return printed.getvalue()
+
+
+def check(page: Path) -> int:
+    """Run a page; returns how many outputs were compared."""
+    names: dict[str, Any] = {"__name__": f"docs.{page.stem}"}
+    printed, compared = "", 0
+    for block in blocks(page):
+        if block.language == "python":
+            _require_shown(printed, f"{page.name}, before line {block.line}")
+            printed = run(block, page, names)
+        if block.language == "text":
+            _require_same(block, printed, page)
+            printed, compared = "", compared + 1
+    _require_shown(printed, f"{page.name}, at its end")
+    return compared
+
+
+def _require_shown(printed: str, where: str) -> None:
+    if printed:
+        raise AssertionError(f"{where}: the page does not show what is printed: {printed!r}")
+
+
+def _require_same(block: Block, printed: str, page: Path) -> None:
+    if not doctest.OutputChecker().check_output(block.text, printed, _COMPARE):
+        raise AssertionError(f"{page.name}, line {block.line}: expected\n{block.text}found\n{printed}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_page_does_what_it_says(page: Path) -> None:
+    outputs = sum(block.language == "text" for block in blocks(page))
+    assert check(page) == outputs
+
+
+def test_the_pages_that_are_meant_to_be_run_have_blocks() -> None:
+    counts = {page.stem: sum(block.language == "python" for block in blocks(page)) for page in PAGES}
+    assert counts["ir"] >= 4
+    assert counts["writing_passes"] >= 8
+    assert counts["architecture"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("page", "told"),
+    [
+        ("```python\nprint(1)\n```\n```text\n2\n```\n", "line 5: expected\n2\nfound\n1"),
+        ("```python\nprint(1)\n```\n", "at its end: the page does not show what is printed"),
+        ("```python\nprint(1)\n```\n```python\nprint(2)\n```\n", "before line 5: the page does not show"),
+    ],
+)
+def test_a_page_that_is_wrong_is_found_out(page: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(page)
+    with pytest.raises(AssertionError, match=re.escape(told)):
+        check(tmp_path / "page.md")
+
+
+def test_the_pass_on_the_page_has_15_lines() -> None:
+    (listing,) = (b.text for b in blocks(DOCS / "writing_passes.md") if "class MergeRelus(Pass)" in b.text)
+    lines = [line for line in listing.splitlines() if line.strip() and not re.match(r"from|import", line)]
+    assert len(lines) <= 15
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    links = [
+        (page.name, link)
+        for page in PAGES
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    ]
+    assert links
+    assert [link for link in links if not (DOCS / link[1]).exists()] == []
+
+
+def test_files_that_the_pages_name_exist() -> None:
+    named = {
+        name
+        for page in PAGES
+        for name in re.findall(
+            r"`((?:src|tests|passes|benchmarks|docs)/[\w./]+)`", page.read_text(encoding="utf-8")
+        )
+    }
+    assert named
+    assert [name for name in sorted(named) if not (DOCS.parent / name).exists()] == []
