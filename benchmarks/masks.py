@@ -102,9 +102,7 @@ def maskable(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
             yield name, module
 
 
-def _least(
-    channels: Tensor, amount: float, criterion: Criterion, generator: torch.Generator
-) -> tuple[int, ...]:
+def _least(channels: Tensor, amount: float, criterion: Criterion, generator: torch.Generator) -> tuple[int, ...]:
     count = int(amount * len(channels))
     if criterion == "random":
         picked = torch.randperm(len(channels), generator=generator)[:count]

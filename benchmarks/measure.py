@@ -173,9 +173,7 @@ def figures(report: Any, *, itemsize: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def relative_error(
-    model: Callable[..., object], other: Callable[..., object], inputs: tuple[Any, ...]
-) -> float:
+def relative_error(model: Callable[..., object], other: Callable[..., object], inputs: tuple[Any, ...]) -> float:
     """Greatest difference between two networks' outputs, each output relative to its own greatest magnitude.
 
     Returns:
@@ -225,9 +223,7 @@ def _against_upscale(row: Row) -> list[str]:
     if ours > theirs:
         found.append(f"copies {ours:,} bytes, UPSCALE {theirs:,}")
     if ours == theirs and (row.gathered_channels or 0) > (row.upscale_channels or 0):
-        found.append(
-            f"gathers {row.gathered_channels} channels at equal bytes, UPSCALE {row.upscale_channels}"
-        )
+        found.append(f"gathers {row.gathered_channels} channels at equal bytes, UPSCALE {row.upscale_channels}")
     if (row.parameters or 0) > (row.upscale_parameters or 0):
         found.append(f"keeps {row.parameters:,} parameters, UPSCALE {row.upscale_parameters:,}")
     return found

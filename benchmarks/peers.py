@@ -93,9 +93,7 @@ def export(model: nn.Module, inputs: tuple[Any, ...], mode: Mode = "index") -> E
     reorder = mode in ("index", "runs")
     start = time.perf_counter()
     try:
-        manager = manager_class(module).compute(
-            list(inputs), reorder_producer=reorder, reorder_consumer=reorder
-        )
+        manager = manager_class(module).compute(list(inputs), reorder_producer=reorder, reorder_consumer=reorder)
         manager.prune(is_not_ane=mode != "runs", baseline=mode == "baseline")
         seconds = time.perf_counter() - start
         counts, used = _observe(module, inputs, baseline=mode == "baseline")

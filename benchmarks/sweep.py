@@ -128,9 +128,7 @@ def work(task: Task) -> None:
         print(json.dumps(asdict(measure(task.model, setting, task.resolution))), flush=True)
 
 
-def plan(
-    models: Iterable[str], settings: Sequence[Setting], done: Iterable[Row], *, small: bool
-) -> list[Task]:
+def plan(models: Iterable[str], settings: Sequence[Setting], done: Iterable[Row], *, small: bool) -> list[Task]:
     """The tasks left after the rows already measured without a crash at the same resolution."""
     have = {(row.model, row.side, row.amount, row.resolution) for row in done if row.status == "ok"}
     tasks: list[Task] = []
@@ -159,18 +157,14 @@ def setting(text: str) -> Setting:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m benchmarks.sweep", description=(__doc__ or "").split("\n")[0]
-    )
+    made = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=(__doc__ or "").split("\n")[0])
     made.add_argument("--models", nargs="+", choices=zoo.ALL, metavar="NAME", help="default: all of the zoo")
     made.add_argument("--settings", nargs="+", type=setting, metavar="SIDE:AMOUNT", help="default: all five")
     made.add_argument("--small", action="store_true", help="the least resolution each network accepts")
     made.add_argument("--smoke", action="store_true", help="a few networks, small, two settings")
     made.add_argument("--jobs", type=int, default=2, help="networks at a time (default: 2)")
     made.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="for one network")
-    made.add_argument(
-        "--out", type=Path, help="default: benchmarks/results/sweep.csv (smoke.csv with --smoke)"
-    )
+    made.add_argument("--out", type=Path, help="default: benchmarks/results/sweep.csv (smoke.csv with --smoke)")
     made.add_argument("--resume", action="store_true", help="keep the rows already measured without a crash")
     made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return made

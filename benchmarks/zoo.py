@@ -153,9 +153,7 @@ def entry(name: str) -> Entry:
     return ENTRIES[name]
 
 
-def build(
-    name: str, *, resolution: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> nn.Module:
+def build(name: str, *, resolution: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A network of the zoo with seeded random weights, calibrated, in eval mode, on the CPU.
 
     Args:
@@ -284,9 +282,7 @@ def settle(model: nn.Module, inputs: tuple[Any, ...], seed: int = 0) -> None:
     ]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = (
-            None  # The running statistics are then the plain average over the passes: of this one.
-        )
+        norm.momentum = None  # The running statistics are then the plain average over the passes: of this one.
         norm.train()
     try:
         model(*inputs)
@@ -297,9 +293,7 @@ def settle(model: nn.Module, inputs: tuple[Any, ...], seed: int = 0) -> None:
             norm.momentum = momentum
             norm.eval()
     for variance in (norm.running_var for norm in norms if norm.running_var is not None):
-        variance[variance < 1e-12] = (
-            1.0  # A dead channel: without variance its scale would be that of epsilon.
-        )
+        variance[variance < 1e-12] = 1.0  # A dead channel: without variance its scale would be that of epsilon.
 
 
 def _fill_if_constant(name: str, parameter: Tensor, generator: torch.Generator) -> None:

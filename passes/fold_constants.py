@@ -177,7 +177,11 @@ class _Folding:
         if len(others) != 1 or not others[0].index.is_identity(self.program.values[op.result].live.channels):
             return None
         dialect = self.program.dialect
-        if dialect is None or others[0].value in self.renamed or not dialect.is_neutral(op, op.reads.index(read), values):
+        if (
+            dialect is None
+            or others[0].value in self.renamed
+            or not dialect.is_neutral(op, op.reads.index(read), values)
+        ):
             return None
         same = self.program.values[others[0].value].dtype == self.program.values[op.result].dtype
         return others[0].value if same and self._full(op, others[0]) else None

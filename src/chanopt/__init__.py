@@ -16,4 +16,16 @@ from chanopt.report import Report
 
 __version__ = "0.1.0"
 
-__all__ = ["Captured", "Mask", "Program", "Report", "capture", "explain", "lower", "optimize", "parse", "passes", "verify"]
+__all__ = [
+    "Captured",
+    "Mask",
+    "Program",
+    "Report",
+    "capture",
+    "explain",
+    "lower",
+    "optimize",
+    "parse",
+    "passes",
+    "verify",
+]

@@ -165,7 +165,12 @@ def _optimized(
 
 
 def _in_parts(
-    model: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None, target: str, pipeline: Passes, error: CaptureError
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    target: str,
+    pipeline: Passes,
+    error: CaptureError,
 ) -> nn.Module:
     """Optimise what can be captured of a model that cannot be captured as a whole."""
 

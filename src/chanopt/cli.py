@@ -62,9 +62,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="chanopt", description="A compiler for channel-pruned networks.")
     commands = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "-v", "--verbose", action="store_true", help="log what happens; show tracebacks and warnings"
-    )
+    common.add_argument("-v", "--verbose", action="store_true", help="log what happens; show tracebacks and warnings")
     reading = _reading()
     optimize = commands.add_parser(
         "optimize",
@@ -253,9 +251,7 @@ def optimized(
 def _pipeline(time_limit: float | None) -> tuple[Pass, ...]:
     if time_limit is None:
         return DEFAULT
-    return tuple(
-        replace(step, time_limit=time_limit) if isinstance(step, OrderChannels) else step for step in DEFAULT
-    )
+    return tuple(replace(step, time_limit=time_limit) if isinstance(step, OrderChannels) else step for step in DEFAULT)
 
 
 def _examples(exported: ExportedProgram) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

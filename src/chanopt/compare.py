@@ -50,7 +50,9 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
     for trial in range(1 + trials):
-        inputs = pytree.tree_map(lambda leaf, trial=trial: _like(leaf, generator, trial), (example_inputs, dict(kwargs or {})))
+        inputs = pytree.tree_map(
+            lambda leaf, trial=trial: _like(leaf, generator, trial), (example_inputs, dict(kwargs or {}))
+        )
         with torch.no_grad():
             expected = reference(*inputs[0], **inputs[1])
             found = candidate(*inputs[0], **inputs[1])

@@ -71,19 +71,13 @@ class Outcome:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options of ``chanopt demo``."""
-    parser.add_argument(
-        "--models", nargs="+", default=list(MODELS), metavar="NAME", help="names in torchvision.models"
-    )
+    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME", help="names in torchvision.models")
     parser.add_argument(
         "--amount", type=_fraction, default=0.5, help="fraction of input channels to mask (default 0.5)"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("chanopt-demo"), metavar="DIR", help="where HTML reports go"
-    )
+    parser.add_argument("--out", type=Path, default=Path("chanopt-demo"), metavar="DIR", help="where HTML reports go")
     parser.add_argument("--rounds", type=_count, help=f"timed calls of each model (default {ROUNDS})")
-    parser.add_argument(
-        "--resolution", type=_count, help=f"size of the images in pixels (default {RESOLUTION})"
-    )
+    parser.add_argument("--resolution", type=_count, help=f"size of the images in pixels (default {RESOLUTION})")
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -159,9 +153,7 @@ def _require_known(models: ModuleType, names: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
-            raise ChanoptError(
-                f"expected a classifier of torchvision, found {name!r}; nearest: {', '.join(near)}"
-            )
+            raise ChanoptError(f"expected a classifier of torchvision, found {name!r}; nearest: {', '.join(near)}")
 
 
 def _shown(models: ModuleType, name: str, amount: float, resolution: int, rounds: int, out: Path) -> Outcome:
@@ -174,11 +166,7 @@ def _shown(models: ModuleType, name: str, amount: float, resolution: int, rounds
 
     with bar:
         begin("mask")
-        inputs = (
-            torch.randn(
-                1, _IMAGE_CHANNELS, resolution, resolution, generator=torch.Generator().manual_seed(1)
-            ),
-        )
+        inputs = (torch.randn(1, _IMAGE_CHANNELS, resolution, resolution, generator=torch.Generator().manual_seed(1)),)
         model = masked(models.get_model, name, amount, resolution)
         begin("optimise")
         fast = api.optimize(model, inputs)
@@ -218,9 +206,7 @@ def _mask(model: nn.Module, amount: float) -> None:
         if not isinstance(module, nn.Conv2d) or module.groups > 1 or module.in_channels == _IMAGE_CHANNELS:
             continue
         prune.ln_structured(module, "weight", amount=amount, n=2, dim=1)
-        prune.remove(
-            module, "weight"
-        )  # the zeros stay; the multiplication by the mask would slow the masked model
+        prune.remove(module, "weight")  # the zeros stay; the multiplication by the mask would slow the masked model
 
 
 @torch.no_grad()

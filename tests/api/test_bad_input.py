@@ -109,7 +109,10 @@ def test_a_mask_for(name: str) -> None:
 def test_train_mode_is_refused_with_the_remedy(call: Any) -> None:
     model = net()
     model.head.train()
-    with pytest.raises(CaptureError, match=r"expected a model in eval mode, found 1 modules in train mode \(first: head\); call model\.eval\(\) first"):
+    with pytest.raises(
+        CaptureError,
+        match=r"expected a model in eval mode, found 1 modules in train mode \(first: head\); call model\.eval\(\) first",
+    ):
         call(model, batch())
     assert model.head.training
 
@@ -148,7 +151,10 @@ def test_an_infinite_buffer_that_is_no_weight_is_fine() -> None:
 def test_a_pipeline_in_an_impossible_order_names_pass_and_requirement() -> None:
     model = MICRO["fan_out"].build()
     mask_randomly(model, 0, side="input")
-    with pytest.raises(PassError, match="pass order_channels required that every op reads only what its result needs, found .*; run DropDead first"):
+    with pytest.raises(
+        PassError,
+        match="pass order_channels required that every op reads only what its result needs, found .*; run DropDead first",
+    ):
         chanopt.optimize(model, MICRO["fan_out"].inputs(2, torch.float32, 0), pipeline=(OrderChannels(), DropDead()))
 
 
@@ -253,7 +259,9 @@ def test_verify_raises_on_another_function_with_output_error_and_tolerance() -> 
     with torch.no_grad():
         other.head.bias[2] += 1.0
     other.load_state_dict({**model.state_dict(), "head.bias": other.head.bias})
-    with pytest.raises(VerifyError, match=r"expected output 0 within a relative error of 0\.0001 on the example inputs, found 0\.\d+"):
+    with pytest.raises(
+        VerifyError, match=r"expected output 0 within a relative error of 0\.0001 on the example inputs, found 0\.\d+"
+    ):
         chanopt.verify(model, other, batch())
 
 

@@ -20,7 +20,6 @@ from tests.support.micro import MICRO
 from tests.support.nets.base import Net, conv, image, randomise
 from tests.support.passes import kill
 
-
 TOL = 1e-6
 """For modules whose weights were folded in float32; the figures in float64 are for the passes' own tests."""
 
@@ -30,7 +29,7 @@ def batch(size: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> t
 
 
 def chain() -> Any:
-    """conv a, batch norm, ReLU, conv b, ReLU, conv c; input columns of b and c are masked."""
+    """Conv a, batch norm, ReLU, conv b, ReLU, conv c; input columns of b and c are masked."""
     net: Any = randomise(
         Net(
             lambda n, x: n.c(n.b(n.norm(n.a(x)).relu()).relu()),
@@ -235,7 +234,12 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         seen[name] = (id(module), type(module), module.training, sorted(vars(module)), len(module._forward_pre_hooks))
         for key, tensor in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             if isinstance(tensor, Tensor):
-                seen[f"{name}.{key}"] = (id(tensor), tensor.requires_grad, tensor.detach().clone(), tensor.grad if tensor.is_leaf else None)
+                seen[f"{name}.{key}"] = (
+                    id(tensor),
+                    tensor.requires_grad,
+                    tensor.detach().clone(),
+                    tensor.grad if tensor.is_leaf else None,
+                )
     return seen
 
 
@@ -252,7 +256,9 @@ def assert_untouched(before: dict[str, Any], model: nn.Module) -> None:
             assert old[2:] == new[2:], f"{key} has changed"
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "tied_weights", "weight_norm", "conv_twice", "add_in_place", "frozen_norm"])
+@pytest.mark.parametrize(
+    "name", ["batch_norm", "tied_weights", "weight_norm", "conv_twice", "add_in_place", "frozen_norm"]
+)
 def test_the_model_is_untouched(name: str) -> None:
     net = MICRO[name].build()
     mask_randomly(net, 2, keep_bias=True)
@@ -274,7 +280,14 @@ def test_a_model_under_prune_is_untouched_and_read_as_what_it_computes() -> None
     fast = chanopt.optimize(net, batch())
     assert_untouched(before, net)
     assert fast.get_parameter("c.weight").shape[1] < 6
-    assert sorted(name for name, _ in fast.named_parameters()) == ["a.bias", "a.weight", "b.bias", "b.weight", "c.bias", "c.weight"]
+    assert sorted(name for name, _ in fast.named_parameters()) == [
+        "a.bias",
+        "a.weight",
+        "b.bias",
+        "b.weight",
+        "c.bias",
+        "c.weight",
+    ]
     assert_same_function(prune_removed(net), fast, batch(3, 1), tol=TOL)
 
 
@@ -341,7 +354,9 @@ def test_a_model_without_masks_keeps_every_channel() -> None:
     assert_same_function(net, fast, batch(3, 1), tol=TOL)
 
 
-@pytest.mark.parametrize("name", ["dict_output", "nested_output", "named_tuple_output", "dict_input", "list_input", "unused_input"])
+@pytest.mark.parametrize(
+    "name", ["dict_output", "nested_output", "named_tuple_output", "dict_input", "list_input", "unused_input"]
+)
 def test_inputs_and_outputs_keep_their_structure(name: str) -> None:
     net, inputs = MICRO[name].build(), MICRO[name].inputs
     mask_randomly(net, 1)
@@ -449,10 +464,14 @@ def test_why_names_the_operator_that_takes_everything() -> None:
     assert "cumsum" in str(report)
 
 
-@pytest.mark.parametrize("foreign", [nn.Conv2d(3, 4, 1), fx.symbolic_trace(nn.Sequential(nn.ReLU()))], ids=["module", "graph"])
+@pytest.mark.parametrize(
+    "foreign", [nn.Conv2d(3, 4, 1), fx.symbolic_trace(nn.Sequential(nn.ReLU()))], ids=["module", "graph"]
+)
 def test_explain_refuses_what_chanopt_did_not_make(foreign: nn.Module) -> None:
     name = type(foreign).__name__
-    with pytest.raises(ChanoptError, match=f"expected a module made by chanopt.optimize, found a {name} without a report"):
+    with pytest.raises(
+        ChanoptError, match=f"expected a module made by chanopt.optimize, found a {name} without a report"
+    ):
         chanopt.explain(foreign)
 
 
@@ -463,4 +482,6 @@ def test_lower_then_to_module_is_the_model_itself() -> None:
     assert chanopt.parse(text) == program
     module = program.to_module()
     assert difference(outputs(net, batch())[0], outputs(module, batch())[0]) < 1e-6
-    assert {n: tuple(p.shape) for n, p in module.named_parameters()} == {n: tuple(p.shape) for n, p in net.named_parameters()}
+    assert {n: tuple(p.shape) for n, p in module.named_parameters()} == {
+        n: tuple(p.shape) for n, p in net.named_parameters()
+    }

@@ -1,5 +1,6 @@
 """U-1b: every operator that UPSCALE (Wan et al., ICML 2023) gets silently wrong or refuses, and the micro-zoo of what users
-of other tools ask for: here each is exact, and what can shrink does."""
+of other tools ask for: here each is exact, and what can shrink does.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +33,21 @@ class Case:
 
 # What UPSCALE computes wrongly without an error.
 SILENT: dict[str, Case] = {
-    "group norm between convs": Case("group_norm_4", {"3": [0, 1, 2]}, {"0.weight": (6, 3, 3, 3), "3.weight": (6, 5, 1, 1)}),
-    "softmax over channels": Case("softmax_channels", {"b": [0, 5]}, {"a.weight": (8, 3, 3, 3), "b.weight": (6, 6, 1, 1)}),
-    "local response norm": Case("local_response_norm", {"3": [0, 5]}, {"0.weight": (8, 3, 3, 3), "3.weight": (6, 6, 1, 1)}),
-    "product with the channel mean": Case("channel_mean_product", {"b": [0, 5]}, {"a.weight": (8, 3, 3, 3), "b.weight": (6, 6, 1, 1)}),
-    "depthwise conv with multiplier 2": Case("depthwise_2", {"4": [0, 1, 6, 7]}, {"0.weight": (6, 3, 1, 1), "2.weight": (12, 1, 3, 3)}),
+    "group norm between convs": Case(
+        "group_norm_4", {"3": [0, 1, 2]}, {"0.weight": (6, 3, 3, 3), "3.weight": (6, 5, 1, 1)}
+    ),
+    "softmax over channels": Case(
+        "softmax_channels", {"b": [0, 5]}, {"a.weight": (8, 3, 3, 3), "b.weight": (6, 6, 1, 1)}
+    ),
+    "local response norm": Case(
+        "local_response_norm", {"3": [0, 5]}, {"0.weight": (8, 3, 3, 3), "3.weight": (6, 6, 1, 1)}
+    ),
+    "product with the channel mean": Case(
+        "channel_mean_product", {"b": [0, 5]}, {"a.weight": (8, 3, 3, 3), "b.weight": (6, 6, 1, 1)}
+    ),
+    "depthwise conv with multiplier 2": Case(
+        "depthwise_2", {"4": [0, 1, 6, 7]}, {"0.weight": (6, 3, 1, 1), "2.weight": (12, 1, 3, 3)}
+    ),
 }
 
 # What UPSCALE raises on.
@@ -52,7 +63,9 @@ RAISES: dict[str, Case] = {
     "a conv used twice": Case("conv_twice", {}, {}),
     "a conv on two branches": Case("conv_two_branches", {}, {}),
     "linear after flatten": Case("flatten_many", {}, {}),
-    "a tensor that is output and consumed": Case("returned_and_read", {"b": [0, 3]}, {"a.weight": (8, 3, 3, 3), "b.weight": (6, 6, 1, 1)}),
+    "a tensor that is output and consumed": Case(
+        "returned_and_read", {"b": [0, 3]}, {"a.weight": (8, 3, 3, 3), "b.weight": (6, 6, 1, 1)}
+    ),
 }
 
 # Section 6 item 5 of the survey: what users of the other tools report.

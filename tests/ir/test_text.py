@@ -100,7 +100,24 @@ def test_blank_lines_and_indentation_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize(
-    "literal", ["1", "-3", "0.25", "-1e-05", "1e+20", "inf", "-inf", "true", "false", "none", '"a, b)"', "[]", "[[1], [2, 3]]", "torch.float64", "torch.channels_last"]
+    "literal",
+    [
+        "1",
+        "-3",
+        "0.25",
+        "-1e-05",
+        "1e+20",
+        "inf",
+        "-inf",
+        "true",
+        "false",
+        "none",
+        '"a, b)"',
+        "[]",
+        "[[1], [2, 3]]",
+        "torch.float64",
+        "torch.channels_last",
+    ],
 )
 def test_literals_read_back(literal: str) -> None:
     text = SMALL.replace("0.5, true", f"{literal}, true")
@@ -109,7 +126,7 @@ def test_literals_read_back(literal: str) -> None:
 
 
 def test_keyword_arguments_read_back() -> None:
-    text = SMALL.replace("(%a)", "(%a, alpha=2, rounding_mode=\"floor\", dtype=torch.float32, other=%x!)")
+    text = SMALL.replace("(%a)", '(%a, alpha=2, rounding_mode="floor", dtype=torch.float32, other=%x!)')
     program = parse(text)
     relu = next(op for op in program.ops if op.result == "r")
     assert [key for key, _ in relu.kwargs] == ["alpha", "rounding_mode", "dtype", "other"]
@@ -121,12 +138,20 @@ def test_keyword_arguments_read_back() -> None:
 # -- what is not a program --------------------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[str, str, str]] = {
-    "a kind that does not exist": ("= map aten.relu", "= mop aten.relu", r"line 7, column \d+: expected a kind \(source, sink, mix, .*barrier\)"),
+    "a kind that does not exist": (
+        "= map aten.relu",
+        "= mop aten.relu",
+        r"line 7, column \d+: expected a kind \(source, sink, mix, .*barrier\)",
+    ),
     "a missing colon": ("%r : float32", "%r  float32", r"line 7, column 3: expected ':', found ' *float32"),
     "a missing equals sign": ("= source", "source", r"line 4, column \d+: expected '=', found"),
     "an unclosed argument list": ("(%a)", "(%a", r"line 7, column \d+: expected "),
     "a missing comma": ("none, [1, -1]", "none [1, -1]", r"line 6, column \d+: expected ',', found"),
-    "an unknown note": ("linear border", "linear boarder", r"line 6, column \d+: expected groups, block, linear, border, layer or source"),
+    "an unknown note": (
+        "linear border",
+        "linear boarder",
+        r"line 6, column \d+: expected groups, block, linear, border, layer or source",
+    ),
     "an argument that is nothing": ("0.5, true", "maybe, true", r"line 10, column \d+: expected an argument"),
     "an unclosed index": ("%x{0:3}", "%x{0:3", r"line 6, column \d+: expected '}', found"),
     "an unclosed shape": ("[b, 3*, 8, 8]", "[b, 3*, 8, 8", r"line 4, column \d+: expected "),
@@ -165,7 +190,9 @@ def test_refuses_with_a_line(name: str) -> None:
         parse(SMALL.replace(old, new, 1))
 
 
-@pytest.mark.parametrize("text", ["", "\n", "nonsense", "program {\n}", "program batch=2 {\n", "program batch=x {\n}", "}"])
+@pytest.mark.parametrize(
+    "text", ["", "\n", "nonsense", "program {\n}", "program batch=2 {\n", "program batch=x {\n}", "}"]
+)
 def test_refuses_what_has_no_frame(text: str) -> None:
     with pytest.raises(ParseError, match="line 1: expected 'program batch=N {'"):
         parse(text)
@@ -195,7 +222,9 @@ def test_a_program_read_back_does_not_run_until_it_is_bound() -> None:
     net = MICRO["two_convs"].build()
     program = lowered(net, image())
     read = parse(str(program))
-    with pytest.raises(IRError, match=r"expected a program with a dialect, found one parsed from text alone; see Program\.bind"):
+    with pytest.raises(
+        IRError, match=r"expected a program with a dialect, found one parsed from text alone; see Program\.bind"
+    ):
         read.to_module()
     x = image()(2, torch.float64, 1)
     assert torch.equal(read.bind(program).to_module()(*x), program.to_module()(*x))

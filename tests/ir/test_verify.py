@@ -16,10 +16,10 @@ from tests.support.passes import lowered
 from tests.support.random_nets import random_net
 
 LINES = (
-    "%x : float32[2, 3*, 8, 8] = source input(\"x\")",
-    "%a : float32[2, 8*, 8, 8] = mix aten.conv2d.default(%x{0:3}, @a.weight<0,1>, none) linear layer \"a\" source \"model.py:7\"",
+    '%x : float32[2, 3*, 8, 8] = source input("x")',
+    '%a : float32[2, 8*, 8, 8] = mix aten.conv2d.default(%x{0:3}, @a.weight<0,1>, none) linear layer "a" source "model.py:7"',
     "%r : float32[2, 8*, 8, 8] = map aten.relu.default(%a)",
-    "%g : float32[2, 8*, 8, 8] = grouped aten.conv2d.default(%r{0:8}, @g.weight<0,1>, none, $G) groups=2 linear layer \"g\"",
+    '%g : float32[2, 8*, 8, 8] = grouped aten.conv2d.default(%r{0:8}, @g.weight<0,1>, none, $G) groups=2 linear layer "g"',
     "%f : float32[2, 32*] = reindex aten.reshape.default(%g[0x4,1x4,2x4,3x4,4x4,5x4,6x4,7x4], [2, $C]) block=4",
     "sink output(%f!)",
 )
@@ -64,7 +64,10 @@ def test_messages_name_op_layer_and_source_line() -> None:
 
 
 def test_rule_1_a_value_is_made_before_it_is_read() -> None:
-    broken(program(("relu.default(%a)", "relu.default(%g)")), "rule 1: expected %g to be made before it is read, found it made later or never")
+    broken(
+        program(("relu.default(%a)", "relu.default(%g)")),
+        "rule 1: expected %g to be made before it is read, found it made later or never",
+    )
     broken(program(without=2), "rule 1: expected %r to be made before it is read")
 
 
@@ -138,16 +141,23 @@ def test_rule_4_a_barrier_has_its_channels_in_order() -> None:
 
 
 def test_rule_5_a_flow_has_an_entry_for_every_result_channel() -> None:
-    broken(program(("relu.default(%a)", "relu.default(%a[0:7])")), "rule 5: expected 8 entries in the read of %a, found 7")
+    broken(
+        program(("relu.default(%a)", "relu.default(%a[0:7])")), "rule 5: expected 8 entries in the read of %a, found 7"
+    )
 
 
 def test_rule_5_a_fan_has_that_many() -> None:
-    broken(program(("relu.default(%a)", "relu.default(%a[0:8]/4)")), "rule 5: expected 32 entries in the read of %a, found 8")
+    broken(
+        program(("relu.default(%a)", "relu.default(%a[0:8]/4)")),
+        "rule 5: expected 32 entries in the read of %a, found 8",
+    )
 
 
 def test_rule_5_a_read_names_channels_that_exist() -> None:
     broken(program(("%x{0:3}", "%x{0:2,5}")), "rule 5: expected channels of %x below 3, found 0:2,5")
-    broken(program(("relu.default(%a)", "relu.default(%a[0:7,9])")), "rule 5: expected channels of %a below 8, found 0:7,9")
+    broken(
+        program(("relu.default(%a)", "relu.default(%a[0:7,9])")), "rule 5: expected channels of %a below 8, found 0:7,9"
+    )
 
 
 def test_rule_5_only_values_with_channels_are_read_by_channel() -> None:
@@ -205,7 +215,9 @@ def test_rule_8_groups_of_the_result_are_equal(live: str, counts: str) -> None:
 
 
 def test_rule_8_groups_of_the_operand_are_equal() -> None:
-    broken(program(("%r{0:8}", "%r{0:7}")), r"rule 8: expected equal groups in order in the operand of g, found \[4, 3\]")
+    broken(
+        program(("%r{0:8}", "%r{0:7}")), r"rule 8: expected equal groups in order in the operand of g, found \[4, 3\]"
+    )
 
 
 def test_rule_8_groups_stay_in_order() -> None:
@@ -214,7 +226,9 @@ def test_rule_8_groups_stay_in_order() -> None:
 
 
 def test_rule_8_a_group_may_go() -> None:
-    found = program(("%g : float32[2, 8*, 8, 8] =", "%g : float32[2, 8*, 8, 8] {4:8} ="), ("%r{0:8}", "%r{4:8}"), without=4)
+    found = program(
+        ("%g : float32[2, 8*, 8, 8] =", "%g : float32[2, 8*, 8, 8] {4:8} ="), ("%r{0:8}", "%r{4:8}"), without=4
+    )
     replace(found, ops=(*found.ops[:-1], found.ops[-1].map_args(lambda _: Read("x", Access.ALL)))).verify()
 
 
@@ -270,7 +284,12 @@ def _taken(read: Read, channels: int) -> range | IndexMap:
 
 def test_nouns_are_frozen() -> None:
     found = lowered(MICRO["two_convs"].build(), MICRO["two_convs"].inputs)
-    for thing, field in ((found, "ops"), (found.ops[0], "kind"), (Value("v", "float32", ()), "name"), (Param("p"), "name")):
+    for thing, field in (
+        (found, "ops"),
+        (found.ops[0], "kind"),
+        (Value("v", "float32", ()), "name"),
+        (Param("p"), "name"),
+    ):
         with pytest.raises(AttributeError):
             setattr(thing, field, None)
     with pytest.raises(TypeError):

@@ -100,7 +100,9 @@ def test_case_4_ops_go_that_nobody_needs_back_to_the_input() -> None:
     net = randomise(Net(body, a=conv(3, 8, 3), b=conv(3, 8, 3), c=conv(8, 4), d=conv(12, 6))).eval()
     kill(net.d, inputs=range(8, 12))
     widths = {"a": (3, 8), "b": (0, 0), "c": (0, 0), "d": (8, 6)}
-    assert_rewrites(DropDead(), net, image(), widths=widths, targets={"aten.relu.default": 1, "aten.sigmoid.default": 0})
+    assert_rewrites(
+        DropDead(), net, image(), widths=widths, targets={"aten.relu.default": 1, "aten.sigmoid.default": 0}
+    )
 
 
 @pytest.mark.parametrize(("lost", "left"), [(range(8), 1), (range(7), 1), (range(1, 8), 1)])
@@ -205,7 +207,10 @@ def test_checked_mode_refuses_a_result_with_dead_channels() -> None:
     kill(net.b, inputs=[1, 2, 7])
     program = prepared(net, image())
     assert not Idle()(program).modified
-    with checked(), pytest.raises(PassError, match=r"pass idle guaranteed that only demanded .* channels 1:3,7 of %conv2d"):
+    with (
+        checked(),
+        pytest.raises(PassError, match=r"pass idle guaranteed that only demanded .* channels 1:3,7 of %conv2d"),
+    ):
         Idle()(program)
 
 

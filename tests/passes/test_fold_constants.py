@@ -30,9 +30,7 @@ SIZES = ((5, 5), (8, 8), (9, 6), (3, 12), (1, 1), (2, 7))
 
 def pair(kernel: int, **options: Any) -> Any:
     """a, ReLU, b."""
-    return randomise(
-        Net(lambda n, x: n.b(n.a(x).relu()), a=conv(3, 8, 3), b=conv(8, 6, kernel, **options))
-    ).eval()
+    return randomise(Net(lambda n, x: n.b(n.a(x).relu()), a=conv(3, 8, 3), b=conv(8, 6, kernel, **options))).eval()
 
 
 def weighted(program: Program, name: str) -> list[int]:
@@ -56,9 +54,7 @@ def assert_any_size(net: nn.Module, program: Program, sizes: tuple[tuple[int, in
 def test_case_1_without_a_border_constants_go_into_the_bias() -> None:
     net = pair(1)
     kill(net.a, outputs=[2, 5], bias=0.7)
-    result = assert_rewrites(
-        FoldConstants(), net, image(), expect=lambda p: weighted(p, "b") == [0, 1, 3, 4, 6, 7]
-    )
+    result = assert_rewrites(FoldConstants(), net, image(), expect=lambda p: weighted(p, "b") == [0, 1, 3, 4, 6, 7])
     before, after = net.b.bias.double(), result.program.weights["b.bias"]
     moved = 0.7 * net.b.weight.double()[:, [2, 5], 0, 0].sum(1)
     # the constant passes through float32 weights: 0.7 is not exactly 0.7 there
@@ -116,9 +112,7 @@ def test_case_3_one_carrier_is_exact_at_the_border_for_every_height_and_width(op
     kill(net.a, outputs=[2, 5, 6])
     with torch.no_grad():
         net.a.bias[[2, 5, 6]] = torch.tensor([0.3, 0.9, 0.5])
-    result = assert_rewrites(
-        FoldConstants(), net, image(), expect=lambda p: weighted(p, "b") == [0, 1, 3, 4, 5, 7]
-    )
+    result = assert_rewrites(FoldConstants(), net, image(), expect=lambda p: weighted(p, "b") == [0, 1, 3, 4, 5, 7])
     sizes = SIZES if options.get("padding") != (0, 2) and not options.get("dilation") else ((5, 5), (9, 6), (5, 12))
     assert_any_size(net, result.program, sizes)
 
@@ -145,7 +139,9 @@ def test_case_3_readers_of_a_value_share_its_carrier() -> None:
         net.a.bias[[1, 4, 7]] = torch.tensor([0.3, -0.9, 0.5])
 
     def shared(program: Program) -> bool:
-        return weighted(program, "b") == weighted(program, "c") == [0, 2, 3, 4, 5, 6] and 4 not in weighted(program, "d")
+        return weighted(program, "b") == weighted(program, "c") == [0, 2, 3, 4, 5, 6] and 4 not in weighted(
+            program, "d"
+        )
 
     result = assert_rewrites(FoldConstants(), net, image(), expect=shared)
     assert_any_size(net, result.program)
@@ -192,9 +188,7 @@ def test_case_4_a_dead_branch_becomes_a_parameter() -> None:
     assert added.params[0].buffer
     net = MICRO["residual_downsample"].build()
     kill(net.short, outputs=range(12), bias=None)
-    folded = assert_rewrites(
-        FoldAffine(), net, image(), before=(FoldConstants(),), targets={"aten.add.Tensor": 0}
-    )
+    folded = assert_rewrites(FoldAffine(), net, image(), before=(FoldConstants(),), targets={"aten.add.Tensor": 0})
     assert not any(op.layer == "short" for op in DropDead()(folded.program).program.ops)
 
 
@@ -264,7 +258,9 @@ def test_leaves_constants_that_a_statistic_reads() -> None:
 
 def test_refuses_a_program_that_is_only_text() -> None:
     program = parse(str(prepared(pair(1), image())))
-    with pytest.raises(IRError, match=r"expected a program with a dialect, found one parsed from text alone; see Program\.bind"):
+    with pytest.raises(
+        IRError, match=r"expected a program with a dialect, found one parsed from text alone; see Program\.bind"
+    ):
         FoldConstants()(program)
 
 
@@ -281,7 +277,12 @@ class Idle(FoldConstants):
 def test_checked_mode_refuses_a_result_that_still_has_weights_for_constants() -> None:
     net = pair(1)
     kill(net.a, outputs=[2, 5], bias=0.7)
-    with checked(), pytest.raises(PassError, match="idle guaranteed that constant channels .* found constant channels 2,5 read by b"):
+    with (
+        checked(),
+        pytest.raises(
+            PassError, match="idle guaranteed that constant channels .* found constant channels 2,5 read by b"
+        ),
+    ):
         Idle()(prepared(net, image()))
 
 

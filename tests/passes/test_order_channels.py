@@ -30,9 +30,7 @@ def fan(*sets: list[int], kernels: tuple[int, ...] = ()) -> Any:
         return tuple(n.get_submodule(f"b{i}")(t) for i in range(len(sets)))
 
     sizes = kernels or (1,) * len(sets)
-    net: Any = randomise(
-        Net(body, a=conv(3, 8, 3), **{f"b{i}": conv(8, 4, sizes[i]) for i in range(len(sets))})
-    ).eval()
+    net: Any = randomise(Net(body, a=conv(3, 8, 3), **{f"b{i}": conv(8, 4, sizes[i]) for i in range(len(sets))})).eval()
     for number, kept in enumerate(sets):
         kill(net.get_submodule(f"b{number}"), inputs=[c for c in range(8) if c not in kept])
     return net
@@ -66,7 +64,9 @@ def test_case_1_two_readers_of_crossing_sets_read_ranges() -> None:
 def test_case_1_the_reader_of_least_bytes_gathers_where_no_order_serves_all() -> None:
     """Three pairwise crossing sets: two can be ranges; the third, of fewest channels, is copied."""
     net = fan([0, 1, 2, 3, 4], [2, 3, 4, 5, 6], [0, 3, 6, 7])
-    result = assert_rewrites(OrderChannels(), net, image(), before=BEFORE, forms={"b0": Form.RANGE, "b1": Form.RANGE, "b2": Form.GATHER})
+    result = assert_rewrites(
+        OrderChannels(), net, image(), before=BEFORE, forms={"b0": Form.RANGE, "b1": Form.RANGE, "b2": Form.GATHER}
+    )
     size = next(v.channel_bytes for v in result.program.values.values() if v.layout is not None and v.name == "relu")
     assert solved(result.notes) == (4 * size, 4 * size, True)
     after = figures(result.program)
@@ -164,7 +164,12 @@ def test_case_3_a_gather_stands_below_a_pool_where_it_moves_less() -> None:
     quarter = 5 * 2 * 16 * 8 // 2  # five channels of 4 x 4 pixels in float64, one inference
     assert optimal
     assert objective <= quarter * 2
-    gathers = [(op.label(), physical) for op in result.program.ops for _, physical in physical_reads(op, result.program) if physical.form is Form.GATHER]
+    gathers = [
+        (op.label(), physical)
+        for op in result.program.ops
+        for _, physical in physical_reads(op, result.program)
+        if physical.form is Form.GATHER
+    ]
     assert [(label, len(physical.positions)) for label, physical in gathers] == [("d", 5)], result.program
 
 
@@ -190,7 +195,9 @@ def test_reads_behind_moves_of_channels_cost_no_copy(name: str, reader: str, los
 # -- it leaves alone --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["two_convs", "batch_norm", "residual_post", "dense_block", "identity", "squeeze_excite"])
+@pytest.mark.parametrize(
+    "name", ["two_convs", "batch_norm", "residual_post", "dense_block", "identity", "squeeze_excite"]
+)
 def test_leaves_a_model_without_masks(name: str) -> None:
     assert_leaves(OrderChannels(), MICRO[name].build(), MICRO[name].inputs, before=BEFORE)
 

@@ -192,7 +192,9 @@ def test_folds_commute_with_drops_as_far_as_the_function_goes(order: tuple[int, 
     """Any order of the first passes is legal and exact; what differs is how much goes."""
     passes = [(FoldAffine(), FoldConstants(), DropDead())[i] for i in order]
     net = masked(side="input")
-    assert_rewrites(DropDead(), net, image(), before=passes[:-1] if passes[-1].name == "drop_dead" else (), allow_constant=True)
+    assert_rewrites(
+        DropDead(), net, image(), before=passes[:-1] if passes[-1].name == "drop_dead" else (), allow_constant=True
+    )
     assert_rewrites(Pipeline((*passes, DropDead())), net, image(), allow_constant=True)
 
 

@@ -1,5 +1,6 @@
 """What every pass test asserts: what a pass makes of a program, that the program still means the same, and that twice
-is once."""
+is once.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +92,9 @@ def assert_rewrites(
         assert expect(result.program) in (None, True), f"unexpected result of {pass_.name}:\n{result.program}"
     module = result.program.to_module()
     for size in batches:
-        assert_same_function(model, module, inputs(size, torch.float64, 11 + size), TOLERANCE, allow_constant=allow_constant)
+        assert_same_function(
+            model, module, inputs(size, torch.float64, 11 + size), TOLERANCE, allow_constant=allow_constant
+        )
     return result
 
 

@@ -136,5 +136,3 @@ def _columns(op: Op, shape: tuple[int, ...], operand: int) -> npt.NDArray[np.int
 def _uniform(flat: Values, eps: float) -> npt.NDArray[np.bool_]:
     least, most = flat.min(1), flat.max(1)
     return np.isfinite(least) & (most - least <= 16 * eps * np.abs(most))
-
-

@@ -46,7 +46,10 @@ def figures(program: Program) -> Figures:
         gathers += any(physical.form is Form.GATHER for _, physical in forms)
         for read, physical in forms:
             if physical.form is Form.GATHER and len(physical.positions):
-                key = (read.value, physical.positions)  # one gather of the same channels serves all its readers
+                key = (
+                    read.value,
+                    physical.positions,
+                )  # one gather of the same channels serves all its readers
                 copies[key] = len(physical.positions)
                 sizes[key] = len(physical.positions) * program.values[read.value].channel_bytes
     return Figures(

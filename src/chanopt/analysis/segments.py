@@ -211,14 +211,23 @@ class OrderGraph:
             flow
             for node, flows in out.items()
             for flow in flows
-            if len(flows) == 1 and not into[node] and not self.wishes[node] and node not in self.pins and node not in self.blocks
+            if len(flows) == 1
+            and not into[node]
+            and not self.wishes[node]
+            and node not in self.pins
+            and node not in self.blocks
         )
 
     def _join_chains(self) -> bool:
         into, out = self._into(), self._out()
         for node, flows in out.items():
             single = len(flows) == 1 and len(into[node]) == 1 and not self.wishes[node]
-            if not single or node in self.pins or node in self.blocks or len(flows[0].labels) != len(self.labels[flows[0].target]):
+            if (
+                not single
+                or node in self.pins
+                or node in self.blocks
+                or len(flows[0].labels) != len(self.labels[flows[0].target])
+            ):
                 continue
             before, after = into[node][0], flows[0]
             if len(before.labels) != len(after.labels) or before.source == node:
@@ -300,12 +309,17 @@ class OrderGraph:
         graph.add_nodes_from(self.labels)
         graph.add_edges_from((flow.source, flow.target) for flow in self.flows)
         order = {name: position for position, name in enumerate(self.node_of)}
-        components = sorted((sorted(c, key=order.__getitem__) for c in nx.connected_components(graph)), key=lambda c: order[c[0]])
+        components = sorted(
+            (sorted(c, key=order.__getitem__) for c in nx.connected_components(graph)),
+            key=lambda c: order[c[0]],
+        )
         return [self._segment(nodes) for nodes in components if self._undecided(nodes)]
 
     def _undecided(self, nodes: list[str]) -> bool:
         wishes = [wish for node in nodes for wish in self.wishes[node]]
-        partial = any(wish.ordered or len(wish.labels) < len(self.labels[node]) for node in nodes for wish in self.wishes[node])
+        partial = any(
+            wish.ordered or len(wish.labels) < len(self.labels[node]) for node in nodes for wish in self.wishes[node]
+        )
         return bool(wishes) and (partial or len(nodes) > 1)
 
     def _segment(self, nodes: list[str]) -> Segment:
@@ -342,7 +356,9 @@ class OrderGraph:
     def _described(self, instance: Instance, labels: Labels, nodes: list[str], places: dict[str, Place]) -> Segment:
         values = [member for node in nodes for member in self.members[node]]
         makers = {op.result: op for op in self.program.ops}
-        producers = dict.fromkeys(makers[v].label() for v in values if not any(r.access is Access.FLOW for r in makers[v].reads))
+        producers = dict.fromkeys(
+            makers[v].label() for v in values if not any(r.access is Access.FLOW for r in makers[v].reads)
+        )
         consumers = dict.fromkeys(wish.name for node in nodes for wish in self.wishes[node])
         name = next(iter(producers), makers[nodes[0]].label())
         size = self.program.values[nodes[0]].channel_bytes

@@ -48,7 +48,9 @@ def resolve(target: str) -> Callable[..., Any]:
         packet, _, overload = rest.rpartition(".")
         return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     except AttributeError:
-        raise IRError(f"expected an operator registered in this process, found {target}; import its package first") from None
+        raise IRError(
+            f"expected an operator registered in this process, found {target}; import its package first"
+        ) from None
 
 
 class AtenDialect:
@@ -244,7 +246,9 @@ class _Emitter:
         if physical.form is Form.WHOLE:
             return self.nodes[value]
         if key not in self.made:
-            self.made[key] = self.range(value, physical) if physical.form is Form.RANGE else self.gather(value, physical)
+            self.made[key] = (
+                self.range(value, physical) if physical.form is Form.RANGE else self.gather(value, physical)
+            )
         return self.made[key]
 
     def range(self, value: str, physical: PhysicalRead) -> fx.Node:
@@ -253,7 +257,9 @@ class _Emitter:
 
     def gather(self, value: str, physical: PhysicalRead) -> fx.Node:
         name = f"{value}_channels"
-        index = self.register(name, torch.from_numpy(physical.positions.array.copy()), buffer=True, key=physical.positions)
+        index = self.register(
+            name, torch.from_numpy(physical.positions.array.copy()), buffer=True, key=physical.positions
+        )
         node, axis = self.nodes[value], self.axis(value)
         if not (self.program.channels_last and len(self.program.values[value].shape) == 4 and axis == 1):
             return self.graph.call_function(aten.index_select.default, (node, axis, index))
@@ -291,7 +297,9 @@ class _Emitter:
             columns = physical_read(op, op.reads[0], self.program).channels
         tensor = cut(self.program.weights[param.name], param, rows, columns, op, self.program)
         grouping = op.groups if columns is not None else 1
-        return self.register(param.name, tensor, buffer=param.buffer, key=(param.out, param.inn, rows, columns, grouping))
+        return self.register(
+            param.name, tensor, buffer=param.buffer, key=(param.out, param.inn, rows, columns, grouping)
+        )
 
     def register(self, name: str, tensor: torch.Tensor, *, buffer: bool, key: Any) -> fx.Node:
         """Register a tensor under its name; a second cut of the same tensor gets a name of its own."""

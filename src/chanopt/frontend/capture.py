@@ -67,7 +67,12 @@ def capture(
         exported, dynamic = _export(model, args, dict(kwargs or {}), batch)
         graph = _functional(exported)
     return Captured(
-        type(model).__name__, graph, batch, dynamic, channels_last, tuple(name for name, _ in model.named_modules())
+        type(model).__name__,
+        graph,
+        batch,
+        dynamic,
+        channels_last,
+        tuple(name for name, _ in model.named_modules()),
     )
 
 
@@ -117,7 +122,9 @@ def _export_dynamic(
     def widen(leaf: Any) -> Any:
         if id(leaf) not in shares:
             return leaf
-        wide = torch.cat([leaf, leaf]) if leaf.shape[0] == 1 else leaf.detach().clone(memory_format=torch.preserve_format)
+        wide = (
+            torch.cat([leaf, leaf]) if leaf.shape[0] == 1 else leaf.detach().clone(memory_format=torch.preserve_format)
+        )
         shapes[wide] = {0: dim}
         return wide
 

@@ -17,7 +17,20 @@ from chanopt.codegen.aten import AtenDialect
 from chanopt.errors import CaptureError, LoweringError
 from chanopt.frontend.capture import Captured
 from chanopt.frontend.trace_names import layer_of, source_of
-from chanopt.ir import Access, Arg, Interface, Kind, Layout, Op, Param, Program, Read, Refusal, Value, map_leaves
+from chanopt.ir import (
+    Access,
+    Arg,
+    Interface,
+    Kind,
+    Layout,
+    Op,
+    Param,
+    Program,
+    Read,
+    Refusal,
+    Value,
+    map_leaves,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +129,16 @@ class Lowering:
         value = self._value(self.fresh(call.name), call, axis)
         target = extra.pop("target", call.target)
         kwargs = tuple(sorted((key, self.literal(arg)) for key, arg in call.kwargs.items()))
-        op = Op(kind, target, args, extra.pop("kwargs", kwargs), value.name, layer=call.layer, source=call.source, **extra)
+        op = Op(
+            kind,
+            target,
+            args,
+            extra.pop("kwargs", kwargs),
+            value.name,
+            layer=call.layer,
+            source=call.source,
+            **extra,
+        )
         self.ops.append(op)
         self.values[value.name] = value
         return value
@@ -377,7 +399,11 @@ def _live(graph: fx.Graph) -> Iterable[fx.Node]:
 
 
 def _call(
-    node: fx.Node, target: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], example: torch.Tensor | None = None
+    node: fx.Node,
+    target: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    example: torch.Tensor | None = None,
 ) -> Call:
     tensor = node.meta["val"] if example is None else example
     shape = tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
@@ -391,7 +417,10 @@ def _hint(size: int | torch.SymInt) -> int:
 
 
 # One spelling for ops that differ only in what they ask of memory: clones are dropped, so a view may need a copy.
-_SPELLINGS = {"aten.view.default": "aten.reshape.default", "aten._unsafe_view.default": "aten.reshape.default"}
+_SPELLINGS = {
+    "aten.view.default": "aten.reshape.default",
+    "aten._unsafe_view.default": "aten.reshape.default",
+}
 
 
 def _target_name(target: Any) -> str:
@@ -446,7 +475,9 @@ def _folded_name(node: fx.Node) -> str:
     return f"{layer_of(user)}.{role}".lstrip(".")
 
 
-_WEIGHTED = frozenset({"conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+_WEIGHTED = frozenset(
+    {"conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+)
 
 
 def _position(user: fx.Node, node: fx.Node) -> int:
@@ -458,7 +489,9 @@ def _attribute(graph: fx.GraphModule, name: str) -> Const:
     for part in name.split("."):
         owner = getattr(owner, part)
     if not isinstance(owner, torch.Tensor):
-        raise CaptureError(f"expected {name} to be a tensor, found a {type(owner).__name__}; control flow inside the model is not supported")
+        raise CaptureError(
+            f"expected {name} to be a tensor, found a {type(owner).__name__}; control flow inside the model is not supported"
+        )
     return Const(name, owner.detach(), not isinstance(owner, torch.nn.Parameter))
 
 
@@ -516,4 +549,3 @@ _SEVERAL: dict[str, Callable[[tuple[Any, ...], Any], list[tuple[str, tuple[Any, 
     "aten.chunk.default": _split,
     "aten.unbind.int": _unbind,
 }
-

@@ -18,7 +18,11 @@ Optimize = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], tuple[nn.Mo
 
 
 def optimize_parts(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], optimize: Optimize, error: CaptureError
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    optimize: Optimize,
+    error: CaptureError,
 ) -> tuple[nn.Module, Report]:
     """A copy of a model with every largest part that can be captured replaced by its optimised form.
 

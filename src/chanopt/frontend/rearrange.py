@@ -41,9 +41,7 @@ def addresses(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
 
 
-def classify(
-    numbers: torch.Tensor, shape: tuple[int, ...], axis: int, allowed: Collection[int]
-) -> Rearranged | None:
+def classify(numbers: torch.Tensor, shape: tuple[int, ...], axis: int, allowed: Collection[int]) -> Rearranged | None:
     """Read off what a rearrangement did to the channels.
 
     Args:
@@ -71,8 +69,13 @@ def classify(
 
 
 def _candidates(result: tuple[int, ...], shape: tuple[int, ...], axis: int) -> list[int]:
-    """Result axes, likeliest first: the same place, then the same size, then any."""
-    return sorted(range(len(result)), key=lambda k: (k != axis or result[k] != shape[axis], result[k] != shape[axis], k))
+    """Result axes, likeliest first: the same place, then the same size; a lone channel is an axis of size one."""
+
+    def likelihood(k: int) -> tuple[bool, bool, int]:
+        resized = result[k] != shape[axis]
+        return (resized, k != axis, k) if shape[axis] == 1 else (k != axis, resized, k)
+
+    return sorted(range(len(result)), key=likelihood)
 
 
 def _along(channel: Numbers, rest: Numbers, axis: int, shape: tuple[int, ...], old: int) -> Rearranged | None:

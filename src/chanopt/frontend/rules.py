@@ -48,7 +48,14 @@ def convolution(low: Lowering, call: Call) -> Made:
 
 
 def _linear_in(
-    low: Lowering, call: Call, x: Value, weight: Const, bias: Any, groups: int, rest: tuple[Any, ...], border: bool
+    low: Lowering,
+    call: Call,
+    x: Value,
+    weight: Const,
+    bias: Any,
+    groups: int,
+    rest: tuple[Any, ...],
+    border: bool,
 ) -> Value:
     axis, channels = x.axis, x.live.channels
     out_bias = low.param(bias, 0) if isinstance(bias, Const) else None
@@ -149,6 +156,16 @@ def _broadcast(low: Lowering, arg: Any, axis: int, shape: tuple[int, ...]) -> Ar
     if dim < 0 or (value.shape[dim] == 1 and shape[axis] != 1):
         return Read(value.name, Access.ALL)
     return flow(low.channels_along(value, dim))
+
+
+def glu(low: Lowering, call: Call) -> Made:
+    """A gated linear unit: half of the channels, times the sigmoid of the other half."""
+    x, dim = call.args
+    half = call.hint[dim]
+    halves = [replace(call, target="aten.slice.Tensor", args=(x, dim, k * half, k * half + half, 1)) for k in (0, 1)]
+    value, gate = (low.call(part) for part in halves)
+    gate = low.call(replace(call, target="aten.sigmoid.default", args=(gate,)))
+    return low.call(replace(call, target="aten.mul.Tensor", args=(value, gate)))
 
 
 def prelu(low: Lowering, call: Call) -> Made:
@@ -348,9 +365,7 @@ def _sized(low: Lowering, call: Call, axis: int) -> tuple[Arg, ...]:
     return (tuple(sizes), *(low.literal(arg) for arg in call.args[2:]))
 
 
-_TAKES_SIZES = frozenset(
-    f"aten.{name}.default" for name in ("reshape", "expand", "broadcast_to")
-)
+_TAKES_SIZES = frozenset(f"aten.{name}.default" for name in ("reshape", "expand", "broadcast_to"))
 
 
 def _plain(arg: Any) -> Any:
@@ -391,7 +406,7 @@ def _entries(names: str, rule: Rule, overload: str = "default") -> dict[str, Rul
 
 
 _POINTWISE = """
-    relu relu6 sigmoid silu gelu tanh hardswish hardsigmoid hardtanh leaky_relu elu selu celu mish softplus softsign
+    relu relu6 sigmoid silu gelu tanh hardswish hardsigmoid hardtanh leaky_relu elu selu celu mish softplus
     log_sigmoid abs neg exp exp2 log log1p log2 sqrt rsqrt square sin cos erf floor ceil round sign reciprocal clamp
     clamp_min clamp_max maximum minimum isnan isinf logical_not logical_and logical_or hardshrink softshrink.default
     threshold rrelu_with_noise addcmul addcdiv atan2 fmod.Tensor remainder.Tensor bitwise_not expm1
@@ -400,7 +415,7 @@ _POINTWISE = """
     where.Scalar gt.Scalar ge.Scalar lt.Scalar le.Scalar eq.Scalar ne.Scalar gt.Tensor ge.Tensor lt.Tensor le.Tensor
     eq.Tensor ne.Tensor masked_fill.Scalar lerp.Scalar lerp.Tensor _to_copy to.dtype nan_to_num fill.Scalar
     zeros_like ones_like full_like logit floor_divide round.decimals trunc frac sgn tan asin acos atan sinh cosh
-    add_relu.Tensor xlogy.Tensor hypot heaviside bitwise_and.Tensor bitwise_or.Tensor
+    xlogy.Tensor hypot heaviside bitwise_and.Tensor bitwise_or.Tensor
 """
 _POOLS = "max_pool{0} avg_pool{0} adaptive_avg_pool{0}"
 _RESIZES = {
@@ -434,6 +449,8 @@ RULES: dict[str, Rule] = {
     **_entries("softmax.int log_softmax.int _softmax _log_softmax", along()),
     **_entries("mean.dim sum.dim_IntList amax amin", reduction(1, 2)),
     **_entries("var.correction std.correction", reduction(1, None)),
+    **_entries("var.dim std.dim", reduction(1, 3)),
+    "aten.glu.default": glu,
     "aten.linalg_vector_norm.default": reduction(2, 3),
     **{k: r for n in (1, 2, 3) for k, r in _entries(_POOLS.format(f"{n}d"), spatial(n)).items()},
     **{k: r for n, names in _RESIZES.items() for k, r in _entries(names, spatial(n)).items()},

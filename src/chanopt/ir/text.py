@@ -28,7 +28,9 @@ def write(program: Program) -> str:
     """The text of a program; ``parse`` reads it back."""
     flag = " channels_last" if program.channels_last else ""
     lines = [f"program batch={program.batch} target={program.target}{flag} {{"]
-    lines.append(f"  interface {json.dumps([program.interface.inputs, program.interface.outputs, *program.interface.arguments])}")
+    lines.append(
+        f"  interface {json.dumps([program.interface.inputs, program.interface.outputs, *program.interface.arguments])}"
+    )
     lines += [f"  refused {json.dumps([r.op, r.layer, r.source, r.reason])}" for r in program.refusals]
     lines += [f"  {_write_op(op, program)}" for op in program.ops]
     return "\n".join([*lines, "}"]) + "\n"
@@ -97,20 +99,22 @@ def parse(text: str) -> Program:
     ops: list[Op] = []
     values: dict[str, Value] = {}
     for number, line in lines[1:-1]:
-        word, _, rest = line.partition(" ")
-        if word == "interface":
-            inputs, outputs, *arguments = json.loads(rest)
-            interface = Interface(inputs, outputs, tuple(arguments))
-        elif word == "refused":
-            refusals.append(Refusal(*json.loads(rest)))
+        at = _Line(line, number)
+        try:
+            found = at.statement()
+        except ParseError:
+            raise
+        except (ValueError, TypeError, AttributeError) as error:  # a word that is none, a layout that is no bijection
+            raise at.fail(f"a statement of the grammar ({error})") from error
+        if isinstance(found, Interface):
+            interface = found
+        elif isinstance(found, Refusal):
+            refusals.append(found)
         else:
-            op, value = _Line(line, number).op()
+            op, value = found
             ops.append(op)
-            if value is not None:
-                values[value.name] = value
-    return Program(
-        tuple(ops), values, {}, interface, int(head[1]), tuple(refusals), bool(head[3]), head[2] or "cpu"
-    )
+            values |= {value.name: value} if value is not None else {}
+    return Program(tuple(ops), values, {}, interface, int(head[1]), tuple(refusals), bool(head[3]), head[2] or "cpu")
 
 
 class _Line:
@@ -121,7 +125,9 @@ class _Line:
         self.channels = 0
 
     def fail(self, expected: str) -> ParseError:
-        return ParseError(f"line {self.number}, column {self.at + 1}: expected {expected}, found {self.text[self.at : self.at + 12]!r}")
+        return ParseError(
+            f"line {self.number}, column {self.at + 1}: expected {expected}, found {self.text[self.at : self.at + 12]!r}"
+        )
 
     def peek(self) -> str:
         match = _TOKEN.match(self.text, self.at)
@@ -139,6 +145,13 @@ class _Line:
             return False
         self.take()
         return True
+
+    def statement(self) -> Interface | Refusal | tuple[Op, Value | None]:
+        word, _, rest = self.text.partition(" ")
+        if word == "interface":
+            inputs, outputs, *arguments = json.loads(rest)
+            return Interface(inputs, outputs, tuple(arguments))
+        return Refusal(*json.loads(rest)) if word == "refused" else self.op()
 
     def index(self, close: str) -> IndexMap:
         match = _INDEX.match(self.text, self.at)
@@ -225,7 +238,13 @@ class _Line:
 
     def arg(self) -> Arg:
         token = self.take()
-        readers: dict[str, Callable[[str], Arg]] = {"%": self.read, "@": self.param, "&": self.param, "[": self.items, '"': json.loads}
+        readers: dict[str, Callable[[str], Arg]] = {
+            "%": self.read,
+            "@": self.param,
+            "&": self.param,
+            "[": self.items,
+            '"': json.loads,
+        }
         if token[0] in readers:
             return readers[token[0]](token)
         if token in _WORDS:
@@ -279,5 +298,3 @@ class _Line:
         self.take(">")
         axes = (None if axis == "_" else int(axis) for axis in (out, inn))
         return Param(name, *axes, buffer=buffer)
-
-

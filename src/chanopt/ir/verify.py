@@ -31,7 +31,9 @@ def verify(program: Program) -> None:
     made: set[str] = set()
     for op in program.ops:
         for problem in _problems(op, program, made):
-            raise IRError(f"{problem}\n  in op: {op.target} -> %{op.result} (layer {op.layer or '-'})\n  from: {op.source or '-'}")
+            raise IRError(
+                f"{problem}\n  in op: {op.target} -> %{op.result} (layer {op.layer or '-'})\n  from: {op.source or '-'}"
+            )
         made.add(op.result)
     sinks = [op for op in program.ops if op.kind is Kind.SINK]
     if len(sinks) != 1 or program.ops[-1] is not sinks[0]:

@@ -19,7 +19,9 @@ RANGE = "lets others be read as ranges"
 NEEDED = "its layer or a reader cannot do without"
 
 
-def build(model: str, before: Program, after: Program, notes: Mapping[str, Any], seconds: Mapping[str, float]) -> Report:
+def build(
+    model: str, before: Program, after: Program, notes: Mapping[str, Any], seconds: Mapping[str, float]
+) -> Report:
     """The report of a run of the pipeline.
 
     Args:
@@ -145,7 +147,11 @@ def _explain(op: Op, read: Any, program: Program, reasons: dict[str, Reasons]) -
             _mark(found, why, taken.array, channels)
         return
     if read.access is Access.ALL:
-        why = OUTPUT if op.kind is Kind.SINK else f"{op.target} takes all channels" + (f" in {op.layer}" if op.layer else "")
+        why = (
+            OUTPUT
+            if op.kind is Kind.SINK
+            else f"{op.target} takes all channels" + (f" in {op.layer}" if op.layer else "")
+        )
         _mark(found, why, np.arange(channels), channels)
         return
     if not op.linear:

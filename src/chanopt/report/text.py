@@ -87,9 +87,7 @@ def _segments(report: Report, limit: int | None) -> list[str]:
         _Column("optimal"),
         _Column("time"),
     )
-    title = (
-        "Segments: bytes gathered in the original order and in the order found, and the proven lower bound"
-    )
+    title = "Segments: bytes gathered in the original order and in the order found, and the proven lower bound"
     table = _table(columns, [_segment(segment) for segment in shown], limit)
     return [title, *table, rest] if rest else [title, *table]
 
@@ -177,9 +175,7 @@ def _refusals(refusals: Sequence[Refusal], limit: int | None) -> list[str]:
 
 
 def _wrapped(text: str, indent: str) -> list[str]:
-    return textwrap.wrap(
-        " ".join(text.split()), WIDTH, initial_indent=indent, subsequent_indent=indent + "    "
-    )
+    return textwrap.wrap(" ".join(text.split()), WIDTH, initial_indent=indent, subsequent_indent=indent + "    ")
 
 
 def _timings(report: Report, limit: int | None) -> list[str]:
@@ -206,8 +202,7 @@ def _shortened(columns: Sequence[_Column], row: _Row) -> list[str]:
 def _line(columns: Sequence[_Column], widths: Sequence[int], cells: Iterable[str]) -> str:
     fitted = zip(columns, widths, cells, strict=True)
     return _GAP.join(
-        (_cut(cell, width).rjust if column.right else _cut(cell, width).ljust)(width)
-        for column, width, cell in fitted
+        (_cut(cell, width).rjust if column.right else _cut(cell, width).ljust)(width) for column, width, cell in fitted
     )
 
 

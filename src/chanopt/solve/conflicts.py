@@ -263,9 +263,7 @@ def initial_cuts(problem: Problem, families: Sequence[int]) -> tuple[list[Cut], 
         return [Cut(frozenset(labels_of(family)), 2) for family in families], []
     families = sorted(families, key=int.bit_count, reverse=True)
     tree = tree_of(problem)
-    flows = [
-        flow_of(problem, tree, family) for family in families[: max(1, _MOST_STEPS // len(problem.links))]
-    ]
+    flows = [flow_of(problem, tree, family) for family in families[: max(1, _MOST_STEPS // len(problem.links))]]
     return _path_cuts(problem, families[len(flows) :]), flows
 
 
@@ -292,10 +290,7 @@ def _path_cuts(problem: Problem, families: Sequence[int]) -> list[Cut]:
 def _paths(graph: Graph) -> list[list[int]]:
     """Return a shortest path between any two values that have one, each once, with those of one value."""
     return [
-        path
-        for start, targets in nx.all_pairs_shortest_path(graph)
-        for end, path in targets.items()
-        if start <= end
+        path for start, targets in nx.all_pairs_shortest_path(graph) for end, path in targets.items() if start <= end
     ]
 
 

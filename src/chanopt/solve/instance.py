@@ -80,8 +80,7 @@ class Edge:
         object.__setattr__(self, "weight", _weight(self.weight, where))
         if self.source == self.target:
             raise InstanceError(
-                f"{where}: expected two values, found value {self.source} twice: drop the edge, "
-                "a value has one order"
+                f"{where}: expected two values, found value {self.source} twice: drop the edge, a value has one order"
             )
 
 
@@ -159,17 +158,14 @@ class Instance:
         table: dict[str, Any] = {"channels": self.channels}
         table["readers"] = [_reader_json(reader) for reader in self.readers]
         table["blocks"] = [
-            {"set": list(block.set), "value": block.value} if block.value else list(block.set)
-            for block in self.blocks
+            {"set": list(block.set), "value": block.value} if block.value else list(block.set) for block in self.blocks
         ]
         table["pins"] = [{"value": pin.value, "sequence": list(pin.sequence)} for pin in self.pins]
         table["edges"] = [
             {"name": edge.name, "source": edge.source, "target": edge.target, "weight": edge.weight}
             for edge in self.edges
         ]
-        table["prefer"] = [
-            {"set": list(wish.set), "value": wish.value, "weight": wish.weight} for wish in self.prefer
-        ]
+        table["prefer"] = [{"set": list(wish.set), "value": wish.value, "weight": wish.weight} for wish in self.prefer]
         optional = ("pins", "edges", "prefer")
         return json.dumps({key: item for key, item in table.items() if item or key not in optional})
 
@@ -284,9 +280,7 @@ def _list(item: Any, what: str) -> list[Any]:
 
 
 def _read_all(kind: type[_Item], table: Mapping[str, Any], key: str, needed: set[str]) -> tuple[_Item, ...]:
-    return tuple(
-        _read(kind, entry, f"{key}[{n}]", needed) for n, entry in enumerate(_list(table.get(key, []), key))
-    )
+    return tuple(_read(kind, entry, f"{key}[{n}]", needed) for n, entry in enumerate(_list(table.get(key, []), key)))
 
 
 def _read(kind: type[_Item], entry: Any, where: str, needed: set[str]) -> _Item:

@@ -130,9 +130,7 @@ class PQTree:
         """Keep the orders in which the sequence is one run, in exactly this order; False as in `reduce`."""
         mask = self._mask(sequence)
         if mask.bit_count() != len(sequence):
-            raise InstanceError(
-                f"expected a sequence without repeats, found {list(sequence)}: drop the repeats"
-            )
+            raise InstanceError(f"expected a sequence without repeats, found {list(sequence)}: drop the repeats")
         if len(sequence) < 2:
             return True
         trial = self.copy()
@@ -145,9 +143,7 @@ class PQTree:
         self._root = _rebuild(path, rebuilt)
         return True
 
-    def frontier(
-        self, positions: Sequence[float] | None = None, sizes: Sequence[int] | None = None
-    ) -> tuple[int, ...]:
+    def frontier(self, positions: Sequence[float] | None = None, sizes: Sequence[int] | None = None) -> tuple[int, ...]:
         """Return one of the orders: the one nearest to `positions` (by default the labels themselves).
 
         Children of a P-node ascend by the mean position of the labels below them; a Q-node is turned so that

@@ -114,9 +114,7 @@ class _Search:
             raise AssertionError("blocks and pins of one value were checked to be consistent")
         return choice if best is None or choice.cost < best.cost else best
 
-    def prove(
-        self, best: Decision, bound: int, families: Sequence[int], deadline: float, workers: int
-    ) -> Decision:
+    def prove(self, best: Decision, bound: int, families: Sequence[int], deadline: float, workers: int) -> Decision:
         """Run rounds of master and separation until the bound meets the best choice, or to the deadline."""
         master = Master(self.problem, workers)
         cuts, flows = initial_cuts(self.problem, families)

@@ -171,9 +171,7 @@ def _check_hard(instance: Instance, orders: Sequence[Order]) -> None:
 
 def _expect(what: str, expected: object, found: object) -> None:
     if expected != found:
-        raise InstanceError(
-            f"{what}: expected {_short(expected)} from the orders, found {_short(found)}: solve again"
-        )
+        raise InstanceError(f"{what}: expected {_short(expected)} from the orders, found {_short(found)}: solve again")
 
 
 def _short(item: object) -> str:

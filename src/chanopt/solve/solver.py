@@ -80,9 +80,7 @@ def _solution(
 def _orders(instance: Instance, scale: Scale, paying: set[int], cut: set[int]) -> tuple[Order, ...]:
     graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(range(instance.values))
-    graph.add_edges_from(
-        (edge.source, edge.target) for number, edge in enumerate(instance.edges) if number not in cut
-    )
+    graph.add_edges_from((edge.source, edge.target) for number, edge in enumerate(instance.edges) if number not in cut)
     hard, soft = demands_of(instance, scale)
     wishes = [Demand(wish.set, wish.value) for wish in sorted(instance.prefer, key=lambda wish: -wish.weight)]
     orders: dict[int, Order] = {}
@@ -115,9 +113,7 @@ def _order(channels: int, must: Sequence[Demand], wishes: Sequence[Demand], pays
     if not all(insert(tree, item) for item in items[: len(must)]):
         raise AssertionError("the items of a part were decided to be free together")
     refused = [item for item in items[len(must) :] if not insert(tree, item)]
-    bits = np.array(
-        [[item.mask >> atom & 1 for item in refused] for atom in range(tree.size)], dtype=np.float32
-    )
+    bits = np.array([[item.mask >> atom & 1 for item in refused] for atom in range(tree.size)], dtype=np.float32)
     sizes = [len(members) for members in atoms.members]
     positions = [sum(members) / len(members) for members in atoms.members]
     frontier = frontier_of_few_runs(tree, bits, positions, sizes)

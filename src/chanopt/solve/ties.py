@@ -25,9 +25,7 @@ def runs(order: Sequence[int], bits: Bits) -> int:
     return int(stood[0].sum() + starts.sum()) if len(stood) else 0
 
 
-def frontier_of_few_runs(
-    tree: PQTree, bits: Bits, positions: Sequence[float], sizes: Sequence[int]
-) -> tuple[int, ...]:
+def frontier_of_few_runs(tree: PQTree, bits: Bits, positions: Sequence[float], sizes: Sequence[int]) -> tuple[int, ...]:
     """Return an order in which the sets of `bits` have few runs; the natural one if none is better.
 
     Bottom up: the children of a P-node are walked from nearest to nearest by the sets that begin or end
@@ -57,9 +55,7 @@ def _stretch(node: Node, children: list[_Stretch], bits: Bits, rank: dict[int, i
     if node.kind is Kind.LEAF:
         return _Stretch([node.mask.bit_length() - 1], True)
     if node.kind is Kind.P and len(children) <= _MOST_CHILDREN:
-        children = sorted(
-            children, key=lambda child: min(map(rank.__getitem__, (child.order[0], child.order[-1])))
-        )
+        children = sorted(children, key=lambda child: min(map(rank.__getitem__, (child.order[0], child.order[-1]))))
         children = _walk(children, bits)
     order = [atom for piece in _turn(children, bits) for atom in piece]
     return _Stretch(order, not node.fixed and all(child.free for child in children))
@@ -87,9 +83,7 @@ def _turn(children: list[_Stretch], bits: Bits) -> list[list[int]]:
     options = [[c.order, c.order[::-1]] if c.free and len(c.order) > 1 else [c.order] for c in children]
     costs, back = [0.0] * len(options[0]), list[list[int]]()
     for before, after in itertools.pairwise(options):
-        step = [
-            [cost + _differ(b[-1], a[0], bits) for b, cost in zip(before, costs, strict=True)] for a in after
-        ]
+        step = [[cost + _differ(b[-1], a[0], bits) for b, cost in zip(before, costs, strict=True)] for a in after]
         back.append([row.index(min(row)) for row in step])
         costs = [min(row) for row in step]
     pick = costs.index(min(costs))

@@ -1,0 +1,111 @@
+"""Every micro net and hundreds of random nets, masked in every way: each pass keeps its contract, the text reads back, and
+what comes out computes what went in, in float64.
+
+A net is captured once and masked several times, for capturing is nine tenths of the time. CHANOPT_FUZZ multiplies the
+number of random nets: CHANOPT_FUZZ=20 runs thousands.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from chanopt.frontend import RULES, Captured, capture, lower_captured
+from chanopt.ir import Program, parse
+from chanopt.pass_infra import checked
+from chanopt.passes import DEFAULT
+from tests.support.equal import difference, named_outputs
+from tests.support.masks import MODES, Mode, Side, mask_randomly
+from tests.support.micro import MICRO
+from tests.support.nets.base import Inputs
+from tests.support.random_nets import random_net
+
+TOLERANCE = 1e-10
+NETS = max(1, round(60 * float(os.environ.get("CHANOPT_FUZZ", "1"))))
+"""Random nets; each is masked in MASKS ways."""
+MASKS = 4
+SIDES: tuple[Side, ...] = ("both", "input", "output")
+AMOUNTS = (0.5, 0.3, 0.7, 0.9)
+
+
+def compiled(captured: Captured) -> Program:
+    """The default pipeline with everything checked on the way."""
+    program = lower_captured(captured, RULES, strict=False)
+    program.verify()
+    assert parse(str(program)) == program
+    with checked():
+        for step in DEFAULT:
+            program = step(program).program
+            again = step(program)
+            assert again.program is program, f"{step.name} changes its own result"
+            assert parse(str(program)) == program
+    return program
+
+
+def assert_means(model: nn.Module, program: Program, inputs: Inputs, batches: Sequence[int]) -> None:
+    module = program.to_module()
+    for batch in batches:
+        x = inputs(batch, torch.float64, 7 + batch)
+        expected, found = named_outputs(model, x), named_outputs(module, x)
+        assert [path for path, _ in expected] == [path for path, _ in found]
+        for (path, a), (_, b) in zip(expected, found, strict=True):
+            assert difference(a, b) < TOLERANCE, f"output {path} at batch {batch}"
+
+
+def run(model: nn.Module, inputs: Inputs, masks: Sequence[tuple[Mode, int]], batch: int | None = None) -> None:
+    """Capture once; for every mask, restore the weights, mask, compile, compare."""
+    model = model.double()
+    captured = capture(model, inputs(batch or 2, torch.float64, 1))
+    batches = (3, 1) if captured.dynamic else (batch or 2,)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for mode, seed in masks:
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(state[name])
+        side, amount = SIDES[seed % len(SIDES)], AMOUNTS[seed % len(AMOUNTS)]
+        mask_randomly(model, seed, mode=mode, side=side, amount=amount)
+        try:
+            assert_means(model, compiled(captured), inputs, batches[seed % 2 :][:1] if len(batches) > 1 else batches)
+        except Exception as error:
+            raise AssertionError(
+                f"masked by mode={mode!r}, seed={seed}, side={side!r}, amount={amount}: {error}"
+            ) from error
+
+
+@pytest.mark.parametrize("seed", range(NETS))
+def test_random_net(seed: int) -> None:
+    net, inputs = random_net(seed)
+    run(net, inputs, [(MODES[(seed + 2 * k) % len(MODES)], seed + k) for k in range(MASKS)])
+
+
+def _micro(name: str, modes: Sequence[Mode], first: int) -> None:
+    micro = MICRO[name]
+    run(micro.build(), micro.inputs, [(mode, first + k) for k, mode in enumerate(modes)], micro.fixed_batch)
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_micro_net(name: str) -> None:
+    number = list(MICRO).index(name)
+    _micro(name, [MODES[number % len(MODES)]], number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MICRO)
+def test_micro_net_in_every_mode(name: str) -> None:
+    _micro(name, [mode for mode in MODES for _ in range(3)], 1)
+
+
+@pytest.mark.parametrize("name", ["residual_post", "dense_block", "fan_out", "c2f"])
+def test_the_captured_graph_follows_the_weights(name: str) -> None:
+    """Or the masks above would be those of the first run: two different masks must give two different programs."""
+    micro = MICRO[name]
+    model = micro.build().double()
+    captured = capture(model, micro.inputs(2, torch.float64, 1))
+    dense: Any = compiled(captured)
+    mask_randomly(model, 1, mode="uniform", side="input")
+    assert compiled(captured) != dense
