@@ -31,7 +31,8 @@ class DropDead(Pass):
     """Cut every value to the channels that some reader needs, and drop ops without any.
 
     Cases:
-        1. a channel without a reader leaves the layout of its value (per value: a residual chain shrinks along its way);
+        1. a channel without a reader leaves the layout of its value (per value: a residual chain shrinks along its
+           way);
         2. a mix takes only the columns in which a live row has a weight;
         3. a concat loses operands that give nothing;
         4. an op whose result nobody needs goes.

@@ -76,8 +76,9 @@ class FoldConstants(Pass):
     Cases:
         1. a mix that sees no border: ``bias += sum_c k_c W[:, c]``, the columns become zero;
         2. a mix that zero-pads, k_c = 0: the column becomes zero;
-        3. a mix that zero-pads, k_c not 0: one constant channel c0 carries all, ``W[:, c0] = sum_c k_c W[:, c] / k_c0``,
-           exact at the border and for every height and width; readers of a value share its carrier;
+        3. a mix that zero-pads, k_c not 0: one constant channel c0 carries all,
+           ``W[:, c0] = sum_c k_c W[:, c] / k_c0``, exact at the border and for every height and width; readers of a
+           value share its carrier;
         4. an operand of a join whose every needed channel is constant becomes a parameter (a dead branch goes);
         5. adding a parameter that is zero everywhere goes.
 
@@ -202,7 +203,8 @@ def _without(
 ) -> torch.Tensor:
     """The weight with the columns of the given channels zero, their part moved to the carrier's column."""
     param = weight_param(op)
-    assert param.out is not None and param.inn is not None
+    assert param.out is not None
+    assert param.inn is not None
     weight = tensors[param.name].detach().clone(memory_format=torch.preserve_format)
     lanes = weight.movedim((param.out, param.inn), (0, 1))
     if op.kind is Kind.GROUPED:

@@ -195,7 +195,6 @@ class _Layouts:
             if is_rigid(op):
                 return None
             grown[name] = self._sorted(name, np.flatnonzero(mask))
-            for read in op.reads:
-                if read.access is Access.FLOW:
-                    queue.append((read.value, flow_back(read, grown[name])))
+            flows = (read for read in op.reads if read.access is Access.FLOW)
+            queue.extend((read.value, flow_back(read, grown[name])) for read in flows)
         return grown

@@ -1,5 +1,6 @@
-"""Every micro net and hundreds of random nets, masked in every way: each pass keeps its contract, the text reads back, and
-what comes out computes what went in, in float64.
+"""Every micro net and random nets by the dozen, masked in every way, through the whole pipeline.
+
+Each pass keeps its contract, the text reads back, and what comes out computes what went in, in float64.
 
 A net is captured once and masked several times, for capturing is nine tenths of the time. CHANOPT_FUZZ multiplies the
 number of random nets: CHANOPT_FUZZ=20 runs thousands.
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from chanopt.frontend import RULES, Captured, capture, lower_captured
 from chanopt.ir import Program, parse
@@ -51,7 +53,11 @@ def assert_means(model: nn.Module, program: Program, inputs: Inputs, batches: Se
     module = program.to_module()
     for batch in batches:
         x = inputs(batch, torch.float64, 7 + batch)
-        expected, found = named_outputs(model, x), named_outputs(module, x)
+        expected = named_outputs(model, x)
+        untouched = pytree.tree_map_only(torch.Tensor, torch.clone, x)
+        found = named_outputs(module, x)
+        same = zip(pytree.tree_leaves(untouched), pytree.tree_leaves(x), strict=True)
+        assert all(not isinstance(a, torch.Tensor) or torch.equal(a, b) for a, b in same), "it writes into its input"
         assert [path for path, _ in expected] == [path for path, _ in found]
         for (path, a), (_, b) in zip(expected, found, strict=True):
             assert difference(a, b) < TOLERANCE, f"output {path} at batch {batch}"
@@ -75,6 +81,29 @@ def run(model: nn.Module, inputs: Inputs, masks: Sequence[tuple[Mode, int]], bat
             raise AssertionError(
                 f"masked by mode={mode!r}, seed={seed}, side={side!r}, amount={amount}: {error}"
             ) from error
+
+
+def gradients(model: nn.Module, inputs: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Of the sum of squares of all outputs, by the inputs; zero for an input that nothing depends on."""
+    given = [x.clone().requires_grad_() for x in inputs]
+    made = [out for out in pytree.tree_leaves(model(*given)) if out.requires_grad]
+    if not made:
+        return [torch.zeros_like(x) for x in given]
+    total = torch.stack([out.square().sum() for out in made]).sum()
+    found = torch.autograd.grad(total, given, allow_unused=True)
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(given, found, strict=True)]
+
+
+@pytest.mark.parametrize("seed", range(0, NETS, 4))
+def test_random_net_has_the_same_gradients(seed: int) -> None:
+    """What writes in place must not take from autograd what it needs."""
+    net, inputs = random_net(1000 + seed)
+    net = net.double()
+    mask_randomly(net, seed, mode=MODES[seed % len(MODES)], side="input")
+    module = compiled(capture(net, inputs(2, torch.float64, 1))).to_module()
+    x = inputs(3, torch.float64, 5)
+    for a, b in zip(gradients(net, x), gradients(module, x), strict=True):
+        assert difference(a, b) < 1e-9
 
 
 @pytest.mark.parametrize("seed", range(NETS))

@@ -9,10 +9,16 @@
 (4, 3, 3, 3)
 """
 
-from chanopt import passes
-from chanopt.api import Captured, Mask, capture, explain, lower, optimize, verify
-from chanopt.ir import Program, parse
-from chanopt.report import Report
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chanopt import passes
+    from chanopt.api import Captured, Mask, capture, explain, lower, optimize, verify
+    from chanopt.ir import Program, parse
+    from chanopt.report import Report
 
 __version__ = "0.1.0"
 
@@ -29,3 +35,24 @@ __all__ = [
     "passes",
     "verify",
 ]
+
+_HOMES = {
+    "chanopt.api": ("Captured", "Mask", "capture", "explain", "lower", "optimize", "verify"),
+    "chanopt.ir": ("Program", "parse"),
+    "chanopt.report": ("Report",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load the public names on first use, so that ``import chanopt.solve`` does not load torch."""
+    if name == "passes":
+        return importlib.import_module("chanopt.passes")
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module 'chanopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted([*globals(), *__all__])

@@ -69,10 +69,14 @@ def optimize(
     """The same function with the dead channels physically gone. The model is not modified.
 
     Args:
-        model, example_inputs, kwargs, masks, strict: as for :func:`lower`.
+        model: as for :func:`lower`.
+        example_inputs: as for :func:`lower`.
+        kwargs: as for :func:`lower`.
+        masks: as for :func:`lower`.
         target: the device that choices are made for; "auto" is where the model's parameters are. The order of
             channels minimises bytes, which are the same everywhere; how a pool is run is not.
         pipeline: passes to run.
+        strict: as for :func:`lower`.
 
     Returns:
         A ``torch.fx.GraphModule`` of ordinary ATen ops, its parameters under their original names; :func:`explain`

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
@@ -127,8 +127,8 @@ class Pipeline(Pass):
 
 
 @contextmanager
-def checked() -> Any:
-    """Within this context every pass verifies the program it returns and everything it guarantees (tests, debugging)."""
+def checked() -> Generator[None, None, None]:
+    """Within this context every pass verifies the program it returns and all it guarantees (tests, debugging)."""
     token = _CHECKED.set(True)
     try:
         yield

@@ -62,7 +62,7 @@ def noised(value: Tensor, axis: int, channels: np.ndarray) -> Tensor:
 
 
 def assert_sound(model: nn.Module, inputs: Inputs) -> int:
-    """Noise in every channel that is not demanded, of one value at a time, leaves every output as it is, bit for bit."""
+    """Noise in all channels of a value that are not demanded leaves every output as it is, bit for bit."""
     program = lowered(model, inputs)
     wanted = demand(program)
     made = run_program(program, inputs(2, torch.float64, 3))

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from chanopt.analysis.figures import figures
-from chanopt.passes import DEFAULT, Pass
+from chanopt.passes import DEFAULT, OrderChannels, Pass
 from tests.support.masks import mask_randomly
 from tests.support.micro import MICRO
 from tests.support.nets.base import Net, conv, image, randomise
-from tests.support.passes import kill, prepared
+from tests.support.passes import kill, passes_before, prepared
 from tests.support.random_nets import random_net
 
 NETS = (
@@ -111,7 +111,7 @@ def test_one_gather_of_the_same_channels_serves_all_its_readers() -> None:
     model: Any = randomise(Net(body, a=conv(3, 8), b=conv(8, 4), c=conv(8, 5), d=conv(8, 4), e=conv(8, 4))).eval()
     for name, lost in (("b", [1, 4]), ("c", [1, 4]), ("d", [0, 2])):
         kill(model.get_submodule(name), inputs=lost)
-    unordered = DEFAULT[:-1]
+    unordered = passes_before(OrderChannels)
     found = figures(prepared(model, image(), unordered))
     assert (found.gathers, found.copies, found.gathered_channels) == (3, 2, 12)
     assert assert_as_observed(model, image(), 2, unordered) == 2

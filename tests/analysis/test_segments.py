@@ -13,10 +13,10 @@ from chanopt.analysis.demand import demand
 from chanopt.analysis.labels import Labelling, label, unique_in_order
 from chanopt.analysis.segments import OrderGraph, Segment
 from chanopt.ir import Program
-from chanopt.passes import DEFAULT
+from chanopt.passes import OrderChannels
 from tests.support.micro import MICRO
 from tests.support.nets.base import Net, conv, image, randomise
-from tests.support.passes import kill, layer, lowered, prepared, sink_values
+from tests.support.passes import kill, layer, lowered, passes_before, prepared, sink_values
 
 
 def net(body: Any, **parts: Any) -> Any:
@@ -34,7 +34,7 @@ def of(found: tuple[Program, Labelling], name: str) -> list[int]:
 
 
 def segments(model: Any) -> dict[str, Segment]:
-    program = prepared(model, image(), DEFAULT[:-1])
+    program = prepared(model, image(), passes_before(OrderChannels))
     return {s.name: s for s in OrderGraph.build(program, demand(program), label(program)).segments()}
 
 

@@ -111,7 +111,7 @@ def test_train_mode_is_refused_with_the_remedy(call: Any) -> None:
     model.head.train()
     with pytest.raises(
         CaptureError,
-        match=r"expected a model in eval mode, found 1 modules in train mode \(first: head\); call model\.eval\(\) first",
+        match=r"in eval mode, found 1 modules in train mode \(first: head\); call model\.eval\(\) first",
     ):
         call(model, batch())
     assert model.head.training
@@ -153,7 +153,7 @@ def test_a_pipeline_in_an_impossible_order_names_pass_and_requirement() -> None:
     mask_randomly(model, 0, side="input")
     with pytest.raises(
         PassError,
-        match="pass order_channels required that every op reads only what its result needs, found .*; run DropDead first",
+        match=r"pass order_channels required that every op reads only .*, found .*; run DropDead first",
     ):
         chanopt.optimize(model, MICRO["fan_out"].inputs(2, torch.float32, 0), pipeline=(OrderChannels(), DropDead()))
 
@@ -213,9 +213,9 @@ class DataDependent(nn.Module):
 
 def test_a_model_that_cannot_be_captured_is_refused_in_strict_mode() -> None:
     model = randomise(DataDependent()).eval()
-    with pytest.raises(CaptureError, match="expected torch.export to capture DataDependent, found "):
+    with pytest.raises(CaptureError, match=r"expected torch.export to capture DataDependent, found "):
         chanopt.optimize(model, batch(), strict=True)
-    with pytest.raises(CaptureError, match="expected torch.export to capture DataDependent, found "):
+    with pytest.raises(CaptureError, match=r"expected torch.export to capture DataDependent, found "):
         chanopt.lower(model, batch())
 
 

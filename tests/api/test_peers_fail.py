@@ -1,5 +1,6 @@
-"""U-1b: every operator that UPSCALE (Wan et al., ICML 2023) gets silently wrong or refuses, and the micro-zoo of what users
-of other tools ask for: here each is exact, and what can shrink does.
+"""U-1b: every operator that UPSCALE (Wan et al., ICML 2023) gets silently wrong or refuses, and what users ask for.
+
+Here each is exact, and what can shrink does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ TOL = 1e-10
 
 @dataclass(frozen=True)
 class Case:
-    """A net, the input columns that are masked, and the channels its layers must have afterwards, as {parameter: shape}."""
+    """A net, the input columns that are masked, and the shapes of parameters afterwards."""
 
     net: str
     masked: dict[str, list[int]]

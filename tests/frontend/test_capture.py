@@ -141,7 +141,7 @@ def test_train_mode_is_refused_with_the_modules_and_the_remedy() -> None:
 
 
 def test_a_failing_forward_is_refused_with_the_model_and_the_reason() -> None:
-    with pytest.raises(CaptureError, match="expected torch.export to capture Sequential, found .*expected input"):
+    with pytest.raises(CaptureError, match=r"expected torch.export to capture Sequential, found .*expected input"):
         capture(two_convs(), (torch.randn(2, 4, 8, 8),))
 
 

@@ -1,4 +1,4 @@
-"""The table of rules: what every family of operators does to channels, and what the evaluation of the op agrees with."""
+"""The table of rules: what every family of operators does to channels, and that the program computes it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ ABSENT = IndexMap.ABSENT
 
 @dataclass(frozen=True)
 class Case:
-    """An expression over `t` (8 channels), and what its last op is: kind, access and index of every read of a value
-    with channels.
+    """An expression over `t` (8 channels), and what its last op is.
+
+    `reads` has access and index of every read of a value with channels.
     """
 
     body: Callable[[Any, Tensor], Tensor]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -72,7 +74,7 @@ def test_runs_are_maximal_and_cover(numbers: list[int]) -> None:
     runs = IndexMap(numbers).runs()
     assert [n for start, stop in runs for n in range(start, stop)] == numbers
     assert all(start < stop for start, stop in runs)
-    assert all(left[1] != right[0] for left, right in zip(runs, runs[1:], strict=False))
+    assert all(left[1] != right[0] for left, right in itertools.pairwise(runs))
 
 
 @given(CHANNELS)

@@ -17,9 +17,11 @@ from tests.support.random_nets import random_net
 
 LINES = (
     '%x : float32[2, 3*, 8, 8] = source input("x")',
-    '%a : float32[2, 8*, 8, 8] = mix aten.conv2d.default(%x{0:3}, @a.weight<0,1>, none) linear layer "a" source "model.py:7"',
+    "%a : float32[2, 8*, 8, 8] = mix aten.conv2d.default(%x{0:3}, @a.weight<0,1>, none)"
+    ' linear layer "a" source "model.py:7"',
     "%r : float32[2, 8*, 8, 8] = map aten.relu.default(%a)",
-    '%g : float32[2, 8*, 8, 8] = grouped aten.conv2d.default(%r{0:8}, @g.weight<0,1>, none, $G) groups=2 linear layer "g"',
+    "%g : float32[2, 8*, 8, 8] = grouped aten.conv2d.default(%r{0:8}, @g.weight<0,1>, none, $G)"
+    ' groups=2 linear layer "g"',
     "%f : float32[2, 32*] = reindex aten.reshape.default(%g[0x4,1x4,2x4,3x4,4x4,5x4,6x4,7x4], [2, $C]) block=4",
     "sink output(%f!)",
 )

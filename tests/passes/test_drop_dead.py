@@ -16,7 +16,7 @@ from chanopt.passes import DropDead, FoldAffine, FoldConstants
 from tests.support.masks import MODES, mask_randomly
 from tests.support.micro import MICRO
 from tests.support.nets.base import Net, conv, image, randomise
-from tests.support.passes import assert_leaves, assert_rewrites, kill, of_kind, prepared, width
+from tests.support.passes import assert_leaves, assert_rewrites, kill, layer, of_kind, prepared, width
 
 
 def chain(**options: Any) -> Any:
@@ -132,6 +132,15 @@ def test_a_depthwise_conv_loses_channels_as_a_map_does() -> None:
     kill(net[4], inputs=[0, 1, 5, 9])
     result = assert_rewrites(DropDead(), net, image())
     assert width(result.program, "0") == (3, 7)
+
+
+def test_results_of_a_depthwise_multiplier_go_in_whole_blocks() -> None:
+    """Channel 7 has nobody, but 6 has: to compute it costs less than to copy all others."""
+    net = MICRO["depthwise_2"].build()
+    kill(net[4], inputs=[0, 1, 7])
+    program = assert_rewrites(DropDead(), net, image(), widths={"0": (3, 7), "4": (13, 6)}).program
+    assert len(layer(program, "2").reads[0].index) == 16
+    assert width(program, "2") == (7, 14)
 
 
 def test_flattened_channels_go_in_whole_blocks() -> None:

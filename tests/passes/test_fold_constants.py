@@ -280,7 +280,7 @@ def test_checked_mode_refuses_a_result_that_still_has_weights_for_constants() ->
     with (
         checked(),
         pytest.raises(
-            PassError, match="idle guaranteed that constant channels .* found constant channels 2,5 read by b"
+            PassError, match=r"idle guaranteed that constant channels .* found constant channels 2,5 read by b"
         ),
     ):
         Idle()(prepared(net, image()))

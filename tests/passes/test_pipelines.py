@@ -14,7 +14,7 @@ import chanopt
 from chanopt.errors import ChanoptError, PassError
 from chanopt.ir import Access, IndexMap, Kind, Layout, Op, Program, Read
 from chanopt.pass_infra import Pass, PassResult, Pipeline, Property, checked
-from chanopt.passes import DEFAULT, DropDead, FoldAffine, FoldConstants, OrderChannels
+from chanopt.passes import DEFAULT, DropDead, FoldAffine, FoldConstants, OrderChannels, PoolChannelsLast
 from tests.support.masks import mask_randomly
 from tests.support.micro import MICRO
 from tests.support.nets.base import conv, image, randomise
@@ -72,7 +72,7 @@ def test_a_users_pass_of_fifteen_lines() -> None:
     assert_rewrites(DropRelu(), net, image(), targets={"aten.relu.default": 1})
     with checked():
         fast = chanopt.optimize(net, image()(2, torch.float32, 0), pipeline=(DropRelu(), *DEFAULT))
-    assert sum(node.target is torch.ops.aten.relu.default for node in fast.graph.nodes) == 1
+    assert sum("relu" in str(node.target) for node in fast.graph.nodes) == 1
 
 
 # -- requirements and guarantees --------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_a_broken_guarantee_is_found_in_checked_mode_alone() -> None:
 
 def test_a_broken_rule_of_the_ir_is_found_in_checked_mode() -> None:
     program = lowered(MICRO["bottleneck"].build(), image())
-    with checked(), pytest.raises(PassError, match="pass vandal broke a rule of the IR: rule [36]: expected"):
+    with checked(), pytest.raises(PassError, match=r"pass vandal broke a rule of the IR: rule [36]: expected"):
         Vandal()(program)
 
 
@@ -184,7 +184,14 @@ def test_a_pipeline_adds_up_seconds_and_figures_and_keeps_notes() -> None:
 
 
 def test_the_default_pipeline_is_a_literal_tuple_in_its_order() -> None:
-    assert [type(pass_) for pass_ in DEFAULT] == [FoldAffine, FoldConstants, FoldAffine, DropDead, OrderChannels]
+    assert [type(pass_) for pass_ in DEFAULT] == [
+        FoldAffine,
+        FoldConstants,
+        FoldAffine,
+        DropDead,
+        OrderChannels,
+        PoolChannelsLast,
+    ]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
@@ -201,7 +208,9 @@ def test_folds_commute_with_drops_as_far_as_the_function_goes(order: tuple[int, 
 def test_an_impossible_order_is_refused_by_optimize() -> None:
     net = MICRO["fan_out"].build()
     mask_randomly(net, 0, side="input")
-    with pytest.raises(PassError, match="pass order_channels required that every op reads only .*; run DropDead first"):
+    with pytest.raises(
+        PassError, match=r"pass order_channels required that every op reads only .*; run DropDead first"
+    ):
         chanopt.optimize(net, image()(2, torch.float32, 0), pipeline=(OrderChannels(), DropDead()))
     assert issubclass(PassError, ChanoptError)
 

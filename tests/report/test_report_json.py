@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from chanopt.errors import LoadError
 from chanopt.report import Report
 from tests.report import samples
 
@@ -59,3 +60,15 @@ def test_a_real_report_says_why_and_who() -> None:
     assert [refusal.op for refusal in report.refusals] == ["aten.cumsum.default"]
     assert report.macs_after < report.macs_before
     assert report.macs_before == sum(layer.macs[0] for layer in report.layers)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "not json", '{"model": "net"}'])
+def test_refuses_what_is_no_report(text: str) -> None:
+    with pytest.raises(LoadError, match="expected the JSON of a chanopt report"):
+        Report.from_json(text)
+
+
+def test_refuses_a_newer_format() -> None:
+    text = json.dumps({**json.loads(samples.by_chanopt().to_json()), "format": 99})
+    with pytest.raises(LoadError, match="found 99; update chanopt"):
+        Report.from_json(text)

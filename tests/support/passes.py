@@ -1,6 +1,4 @@
-"""What every pass test asserts: what a pass makes of a program, that the program still means the same, and that twice
-is once.
-"""
+"""What every pass test asserts: what a pass makes of a program, that it means the same, and that twice is once."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from chanopt.frontend import RULES, capture, lower_captured
 from chanopt.ir import Form, Kind, Op, Program, Read, parse, physical_read
 from chanopt.pass_infra import Pass, PassResult, checked
+from chanopt.passes import DEFAULT
 from tests.support.equal import assert_same_function, double_copy, to_double
 from tests.support.nets.base import Inputs
 
@@ -29,6 +28,11 @@ def kill(layer: Any, *, outputs: Sequence[int] = (), inputs: Sequence[int] = (),
         layer.weight.index_fill_(columns, torch.tensor(list(inputs), dtype=torch.long), 0)
         if layer.bias is not None and bias is not None and outputs:
             layer.bias[list(outputs)] = bias
+
+
+def passes_before(kind: type[Pass]) -> tuple[Pass, ...]:
+    """The default pipeline up to the first pass of a kind."""
+    return DEFAULT[: next(number for number, step in enumerate(DEFAULT) if isinstance(step, kind))]
 
 
 def lowered(model: nn.Module, inputs: Inputs, batch: int = 2, *, strict: bool = False) -> Program:

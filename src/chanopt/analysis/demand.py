@@ -108,7 +108,7 @@ class _Backwards:
         wanted = (groups & alive[:, :, None]).any(1)
         present = np.zeros(wanted.size, np.bool_)
         present[read.index.array] = True
-        filled = _even(wanted & present.reshape(wanted.shape), alive.any(1), present.reshape(wanted.shape))
+        filled = _even(wanted & present.reshape(wanted.shape), np.any(alive, axis=1), present.reshape(wanted.shape))
         extra = np.zeros(wanted.size, np.bool_)
         extra[:] = (filled & ~wanted).reshape(-1)
         self.padding[read.value] |= extra & ~self.live[read.value]
@@ -121,7 +121,7 @@ def rounded(op: Op, asked: Mask) -> Mask:
         return np.ones_like(asked)
     if op.kind is Kind.GROUPED:
         table = asked.reshape(op.groups, -1)
-        return _even(table, table.any(1), np.ones_like(table)).reshape(-1)
+        return _even(table, np.any(table, axis=1), np.ones_like(table)).reshape(-1)
     size = len(asked) // op.groups if op.kind is Kind.STATISTIC else op.block
     return np.repeat(asked.reshape(-1, size).any(1), size) if size > 1 else asked
 

@@ -51,6 +51,7 @@ class _Labeller:
         self.of: dict[str, Labels] = {}
         self.loose: set[tuple[str, int]] = set()
         self.family: dict[str, set[str]] = {}
+        self.block: dict[str, int] = {}
         self.count = 0
 
     def fresh(self, count: int) -> Labels:
@@ -68,8 +69,9 @@ class _Labeller:
         else:
             self._join(op, flows, channels)
 
-    def _begin(self, value: str, labels: Labels) -> None:
+    def _begin(self, value: str, labels: Labels, block: int = 1) -> None:
         self.of[value] = labels
+        self.block[value] = block
         self.family[value] = {value}
 
     def _joined(self, value: str, operand: str) -> None:
@@ -81,13 +83,13 @@ class _Labeller:
 
     def _join(self, op: Op, flows: list[tuple[int, Read]], channels: int) -> None:
         (position, first), *others = flows
-        labels = self.of[first.value][first.index.array]
-        if not _fits(labels, op, first):
+        labels, block = self.of[first.value][first.index.array], op.block * self.block[first.value]
+        if _fits(labels, block):
+            self._begin(op.result, labels, block)
+            self._joined(op.result, first.value)
+        else:
             self.loose.add((op.result, position))
             self._begin(op.result, self.fresh(channels))
-        else:
-            self._begin(op.result, labels)
-            self._joined(op.result, first.value)
         for position, read in others:
             if not self._same(op.result, read):
                 self.loose.add((op.result, position))
@@ -124,19 +126,12 @@ class _Labeller:
             self._joined(op.result, read.value)
 
 
-def _fits(labels: Labels, op: Op, read: Read) -> bool:
-    """Whether labels stand once each, or once per block where the op spreads channels out."""
-    block = _spread(op, read)
+def _fits(labels: Labels, block: int) -> bool:
+    """Whether labels stand once each, or fill one block each where channels have been spread out."""
+    if len(labels) % block:
+        return False
     heads = labels[::block]
     return len(np.unique(heads)) == len(heads) and bool((labels.reshape(-1, block) == heads[:, None]).all())
-
-
-def _spread(op: Op, read: Read) -> int:
-    """How many adjacent result channels come of one operand channel."""
-    index = read.index.array
-    changes = np.flatnonzero(np.diff(index))
-    run = int(changes[0]) + 1 if len(changes) else len(index)
-    return run if len(index) % max(1, run) == 0 and run > 0 else 1
 
 
 def unique_in_order(labels: Labels) -> IndexMap:

@@ -42,7 +42,9 @@ def used(op: Op, program: Program) -> npt.NDArray[np.bool_]:
     """Shape (result channels, operand channels per group): whether any entry of the kernel is not zero."""
     param = weight_param(op)
     tensor = program.weights[param.name]
-    known: dict[tuple[int | None, int | None], npt.NDArray[np.bool_]] = _USED.setdefault(tensor, {})
+    known: dict[tuple[int | None, int | None], npt.NDArray[np.bool_]] | None = _USED.get(tensor)
+    if known is None:
+        known = _USED[tensor] = {}
     key = (param.out, param.inn)
     if key not in known:
         known[key] = (matrix(op, program) != 0).any(2).cpu().numpy()

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import fx, nn
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from chanopt.codegen.in_place import write_in_place
+from chanopt.codegen.torch_names import PyTreeCodeGen, PyTreeInfo
 from chanopt.errors import IRError
 from chanopt.ir import (
     Access,
@@ -194,7 +194,7 @@ class _Emitter:
 
     def module(self) -> fx.GraphModule:
         interface = self.program.interface
-        info = _PyTreeInfo(
+        info = PyTreeInfo(
             list(interface.arguments),
             pytree.treespec_loads(interface.inputs),
             pytree.treespec_loads(interface.outputs),
@@ -202,7 +202,7 @@ class _Emitter:
         for op in self.program.ops:
             self.op(op)
         write_in_place(self.graph, self.shapes)
-        self.graph.set_codegen(_PyTreeCodeGen(info))
+        self.graph.set_codegen(PyTreeCodeGen(info))
         module = fx.GraphModule(self.root, self.graph, class_name="ChanoptModule")
         module.graph.lint()
         return module.eval()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,11 +95,16 @@ def _export(
         if not shares or (least == 1 and shares == _batch_sharing(args, kwargs, batch, 2)):
             continue
         try:
-            return _export_dynamic(model, args, kwargs, shares), True
-        except Exception as error:  # torch.export fails in many ways; each only says "not with this dynamic batch"
-            _LOG.info("no dynamic batch for %s: %s", type(model).__name__, _first_line(error))
+            return _attempt(model, partial(_export_dynamic, model, args, kwargs, shares)), True
+        except CaptureError as error:
+            _LOG.info("no dynamic batch for %s: %s", type(model).__name__, _first_line(error.__cause__ or error))
+    return _attempt(model, partial(export, model, args, kwargs, strict=False)), False
+
+
+def _attempt(model: nn.Module, make: Callable[[], ExportedProgram]) -> ExportedProgram:
+    """One way to export a model; torch.export fails in many ways, and each only says "not like this"."""
     try:
-        return export(model, args, kwargs, strict=False), False
+        return make()
     except Exception as error:
         raise CaptureError(
             f"expected torch.export to capture {type(model).__name__}, "
@@ -162,7 +168,7 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def _untouched(model: nn.Module) -> Generator[None, None, None]:
     """Put back the plain tensor attributes that forward hooks (torch.nn.utils.prune) overwrite while tracing."""
     kept = [
         (module, {k: v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}) for module in model.modules()
@@ -174,5 +180,5 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             vars(module).update(tensors)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]

@@ -14,6 +14,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from chanopt.codegen.aten import AtenDialect
+from chanopt.codegen.torch_names import OpOverload, parameters, pytree_info
 from chanopt.errors import CaptureError, LoweringError
 from chanopt.frontend.capture import Captured
 from chanopt.frontend.trace_names import layer_of, source_of
@@ -193,14 +194,15 @@ class Lowering:
             return value
         key = (value.name, axis)
         if key not in self.aliases:
-            hint = tuple(self._hint(size) for size in value.shape)
+            hint = tuple(self.size_hint(size) for size in value.shape)
             dtype = getattr(torch, value.dtype)
             made = self._producer(value.name)
             call = Call("alias", (), {}, f"{value.name}_c", value.shape, hint, dtype, made.layer, made.source)
             self.aliases[key] = self.add(call, Kind.BARRIER, (Read(value.name, Access.ALL),), axis)
         return self.aliases[key]
 
-    def _hint(self, size: int | str) -> int:
+    def size_hint(self, size: int | str) -> int:
+        """A size of a value; of a symbolic one, what it was when the model was traced."""
         return size if isinstance(size, int) else self.sources[size].hint
 
     def _producer(self, name: str) -> Op:
@@ -221,7 +223,8 @@ class Lowering:
         refusal = Refusal(call.target, call.layer, call.source, reason)
         if self.strict:
             raise LoweringError(
-                f"expected an operator with a channel rule, found {call.target} in layer {call.layer or '-'}: {reason}\n"
+                f"expected an operator with a channel rule, found {call.target} "
+                f"in layer {call.layer or '-'}: {reason}\n"
                 f"  from: {call.source or 'unknown source line'}\n"
                 "  remedy: add a rule (docs/writing_passes.md), or lower with strict=False to keep its operands whole"
             )
@@ -311,12 +314,12 @@ class Lowering:
 
     def _several(self, node: fx.Node, target: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A call with several results: a tuple of lowered results, or one opaque value for ``getitem`` to take from."""
-        examples = node.meta.get("val")
+        examples: Any = node.meta.get("val")
         split = _SEVERAL.get(target)
         singles = split(args, examples) if split is not None else []
-        if singles and all(singles[user.args[1]] is not None for user in node.users):
+        if singles and all(singles[_taken(user)] is not None for user in node.users):
             return tuple(
-                None if made is None else self.call(_call(node, *made, {}, example=example))
+                None if made is None else self.call(_call(node, made[0], made[1], {}, example=example))
                 for made, example in zip(singles, examples, strict=True)
             )
         call = Call(target, args, kwargs, node.name, (), (), torch.float32, layer_of(node), source_of(node))
@@ -345,8 +348,8 @@ def lower_captured(captured: Captured, rules: Mapping[str, Rule], *, strict: boo
     graph = captured.graph.graph
     for node in _live(graph):
         lowering.node(node, captured.graph)
-    codegen: Any = graph._codegen
-    info = codegen.pytree_info
+    info = pytree_info(graph)
+    assert info.out_spec is not None  # torch.export records the structure of the outputs
     interface = Interface(
         pytree.treespec_dumps(info.in_spec), pytree.treespec_dumps(info.out_spec), tuple(info.orig_args)
     )
@@ -424,17 +427,17 @@ _SPELLINGS = {
 
 
 def _target_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target)
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}".removeprefix("_")
 
 
 def _filled(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments by position with defaults filled in; what is keyword-only stays so."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return tuple(args), kwargs
     filled: list[Any] = list(args)
-    for argument in node.target._schema.arguments[len(filled) :]:
+    for argument in parameters(node.target)[len(filled) :]:
         if argument.kwarg_only:
             continue
         filled.append(kwargs.pop(argument.name, argument.default_value))
@@ -447,7 +450,7 @@ def _fold(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Co
     tensors = [leaf for leaf in leaves if isinstance(leaf, Const)]
     other = any(isinstance(leaf, Value | Scalar | Moved) for leaf in leaves)
     target = node.target
-    if other or not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
+    if other or not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
         return None
     if not tensors and any(isinstance(leaf, torch.SymInt) for leaf in leaves):
         return None
@@ -480,6 +483,12 @@ _WEIGHTED = frozenset(
 )
 
 
+def _taken(item: fx.Node) -> int:
+    """Which result of several a ``getitem`` takes."""
+    index: Any = item.args[1]
+    return index
+
+
 def _position(user: fx.Node, node: fx.Node) -> int:
     return user.args.index(node) if node in user.args else 0
 
@@ -490,7 +499,8 @@ def _attribute(graph: fx.GraphModule, name: str) -> Const:
         owner = getattr(owner, part)
     if not isinstance(owner, torch.Tensor):
         raise CaptureError(
-            f"expected {name} to be a tensor, found a {type(owner).__name__}; control flow inside the model is not supported"
+            f"expected {name} to be a tensor, found a {type(owner).__name__}; "
+            "control flow inside the model is not supported"
         )
     return Const(name, owner.detach(), not isinstance(owner, torch.nn.Parameter))
 

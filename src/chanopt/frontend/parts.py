@@ -31,7 +31,8 @@ def optimize_parts(
 
     Args:
         model: a module in eval mode.
-        args, kwargs: example inputs.
+        args: example inputs.
+        kwargs: example keyword inputs.
         optimize: makes the optimised form of a part and its report.
         error: why the whole could not be captured.
 

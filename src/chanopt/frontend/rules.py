@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from chanopt.codegen.aten import resolve
 from chanopt.frontend.lower import Call, Const, Lowering, Moved, Refused, Rule, Scalar
@@ -105,7 +104,7 @@ def product(low: Lowering, call: Call) -> Made:
     x, weight = call.args
     if not (isinstance(weight, Const) and weight.tensor.ndim == 2 and not isinstance(x, Const)):
         return Refused("a product of two activations reads whole rows")
-    turned = Const(f"{weight.name}_T", weight.tensor.t().contiguous())
+    turned = Const(f"{weight.name}_T", weight.tensor.t().contiguous(), weight.buffer)
     return linear(low, replace(call, target="aten.linear.default", args=(x, turned, None)))
 
 
@@ -115,7 +114,7 @@ def bias_product(low: Lowering, call: Call) -> Made:
     plain = all(call.kwargs.get(name, 1) == 1 for name in ("alpha", "beta"))
     if not (isinstance(weight, Const) and isinstance(bias, Const) and bias.tensor.ndim == 1 and plain):
         return Refused("a product of two activations reads whole rows")
-    turned = Const(f"{weight.name}_T", weight.tensor.t().contiguous())
+    turned = Const(f"{weight.name}_T", weight.tensor.t().contiguous(), weight.buffer)
     return linear(low, replace(call, target="aten.linear.default", args=(x, turned, bias), kwargs={}))
 
 
@@ -288,10 +287,10 @@ def reduction(dim_argument: int, keepdim_argument: int | None) -> Rule:
 
 def concat(low: Lowering, call: Call) -> Made:
     """Concat along the channel axis: blocks side by side; along another axis: a join."""
-    tensors, dim = call.args
+    tensors, given = call.args
     if any(isinstance(t, Const) for t in tensors):
         return Refused("it concatenates a parameter")
-    dim %= len(call.shape)
+    dim: int = given % len(call.shape)
     values = [low.tensor(t) for t in tensors if not _is_empty(t)]
     axes = {value.axis for value in values} - {None}
     if dim not in axes and len(axes) == 1:
@@ -326,7 +325,7 @@ def rearrangement(low: Lowering, call: Call) -> Made:
     base = operand.base if isinstance(operand, Moved) else operand
     if base.axis is None or base.layout is None:
         return low.add(call, Kind.BARRIER, (low.literal(operand), *(low.literal(arg) for arg in rest)), None)
-    shape = tuple(low._hint(size) for size in base.shape)
+    shape = tuple(low.size_hint(size) for size in base.shape)
     before = operand.numbers if isinstance(operand, Moved) else addresses(shape)
     numbers = resolve(call.target)(before, *(_plain(arg) for arg in rest), **call.kwargs).contiguous()
     calls = (*(operand.calls if isinstance(operand, Moved) else ()), call)
@@ -391,8 +390,7 @@ def unchanged(low: Lowering, call: Call) -> Made:
 
 def selection(low: Lowering, call: Call) -> Made:
     """Indexing by constants along one axis, as ``x[:, idx]`` or ``index_select``."""
-    operand, *rest = call.args
-    if any(isinstance(arg, Value | Moved) for arg in _leaves(rest)):
+    if any(isinstance(arg, Value | Moved) for arg in _leaves(call.args[1:])):
         return Refused("it indexes by computed numbers")
     return rearrangement(low, call)
 
@@ -419,7 +417,8 @@ _POINTWISE = """
 """
 _POOLS = "max_pool{0} avg_pool{0} adaptive_avg_pool{0}"
 _RESIZES = {
-    1: "upsample_nearest1d.vec upsample_linear1d.vec upsample_nearest1d upsample_linear1d _upsample_nearest_exact1d.vec",
+    1: "upsample_nearest1d.vec upsample_linear1d.vec upsample_nearest1d upsample_linear1d "
+    "_upsample_nearest_exact1d.vec",
     2: "upsample_nearest2d.vec upsample_bilinear2d.vec upsample_bicubic2d.vec upsample_nearest2d upsample_bilinear2d "
     "upsample_bicubic2d _upsample_nearest_exact2d.vec _upsample_bilinear2d_aa.vec _upsample_bicubic2d_aa.vec",
     3: "upsample_nearest3d.vec upsample_trilinear3d.vec upsample_nearest3d upsample_trilinear3d",

@@ -216,7 +216,10 @@ class Interface:
 class Dialect(Protocol):
     """What a program's targets mean. The frontend attaches one; the IR itself knows no operator."""
 
-    hints: Mapping[str, int]
+    @property
+    def hints(self) -> Mapping[str, int]:
+        """The sizes that symbolic sizes, and values that are sizes, had when the model was traced."""
+        ...
 
     def emit(self, program: Program) -> nn.Module:
         """Build the module that computes ``program``."""
@@ -239,7 +242,7 @@ class Dialect(Protocol):
         ...
 
     def affine(self, op: Op, program: Program) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
-        """(scale, shift), float64, shape (channels,), if the op is ``x * scale + shift`` per channel of its one read."""
+        """(scale, shift) if the op is ``x * scale + shift`` per channel of its one read; float64, shape (channels,)."""
         ...
 
 
@@ -299,7 +302,7 @@ class Program:
         return self.dialect.emit(self)
 
     def bind(self, like: Program) -> Program:
-        """This program with the weights and the dialect of another, e.g. after parsing its text."""
+        """The same program with the weights and the dialect of another, e.g. after parsing its text."""
         return replace(self, weights=like.weights, dialect=like.dialect)
 
     def producer(self, value: str) -> Op:

@@ -125,9 +125,8 @@ class _Line:
         self.channels = 0
 
     def fail(self, expected: str) -> ParseError:
-        return ParseError(
-            f"line {self.number}, column {self.at + 1}: expected {expected}, found {self.text[self.at : self.at + 12]!r}"
-        )
+        found = self.text[self.at : self.at + 12]
+        return ParseError(f"line {self.number}, column {self.at + 1}: expected {expected}, found {found!r}")
 
     def peek(self) -> str:
         match = _TOKEN.match(self.text, self.at)

@@ -17,7 +17,7 @@ def verify(program: Program) -> None:
     Rules:
         1. SSA: every value is made by exactly one op, and only after that is it read.
         2. There is exactly one sink, and it is last.
-        3. A value with a channel axis has a layout of as many logical channels as its shape says there; others have none.
+        3. A value with a channel axis has a layout with as many logical channels as its shape says; others none.
         4. Sources and barriers make all logical channels in their logical order.
         5. A FLOW read names, for every logical result channel, ``fan`` channels of the operand (or none).
         6. Everything a read takes is live in the operand's layout; ALL reads take all channels.
@@ -68,9 +68,15 @@ def _result(op: Op, value: Value) -> Iterator[str]:
     if value.axis is None or value.layout is None:
         return
     if not 0 <= value.axis < len(value.shape):
-        yield f"rule 3: expected the channel axis of %{value.name} within its {len(value.shape)} dimensions, found {value.axis}"
+        yield (
+            f"rule 3: expected the channel axis of %{value.name} within its {len(value.shape)} dimensions, "
+            f"found {value.axis}"
+        )
     elif value.shape[value.axis] != value.layout.channels:
-        yield f"rule 3: expected {value.shape[value.axis]} channels in %{value.name}, found a layout of {value.layout.channels}"
+        yield (
+            f"rule 3: expected {value.shape[value.axis]} channels in %{value.name}, "
+            f"found a layout of {value.layout.channels}"
+        )
     if op.kind in (Kind.SOURCE, Kind.BARRIER) and not value.layout.is_identity:
         yield f"rule 4: expected all channels of %{value.name} in order, found {value.layout.live}"
     if op.block > 1:
@@ -103,14 +109,19 @@ def _read(op: Op, read: Read, program: Program) -> Iterator[str]:
     if read.access is Access.FLOW:
         result = program.values[op.result].live
         if len(read.index) != result.channels * read.fan:
-            yield f"rule 5: expected {result.channels * read.fan} entries in the read of %{read.value}, found {len(read.index)}"
+            yield (
+                f"rule 5: expected {result.channels * read.fan} entries in the read of %{read.value}, "
+                f"found {len(read.index)}"
+            )
             return
         wanted = flow_back(read, result.live)
     outside = len(wanted) and not (0 <= int(wanted.array.min()) <= int(wanted.array.max()) < operand.layout.channels)
     if outside:
         yield f"rule 5: expected channels of %{read.value} below {operand.layout.channels}, found {wanted}"
     elif not operand.layout.mask()[wanted.array].all():
-        yield f"rule 6: expected only live channels of %{read.value} to be read, found {wanted} in {operand.layout.live}"
+        yield (
+            f"rule 6: expected only live channels of %{read.value} to be read, found {wanted} in {operand.layout.live}"
+        )
 
 
 def _groups(op: Op, program: Program) -> Iterator[str]:
@@ -132,7 +143,10 @@ def _param(op: Op, param: Param, program: Program) -> Iterator[str]:
         return
     shape = program.weights[param.name].shape
     if param.out is not None and shape[param.out] != program.values[op.result].live.channels:
-        yield f"rule 9: expected {program.values[op.result].live.channels} entries along dimension {param.out} of @{param.name}, found {tuple(shape)}"
+        yield (
+            f"rule 9: expected {program.values[op.result].live.channels} entries along dimension {param.out} "
+            f"of @{param.name}, found {tuple(shape)}"
+        )
     if param.inn is None:
         return
     channels = program.values[op.reads[0].value].live.channels // op.groups

@@ -169,7 +169,7 @@ def _weighted(op: Op, program: Program, channels: int) -> np.ndarray:
     table = used(op, program) & rows[:, None]
     if op.kind is Kind.GROUPED:
         return table.reshape(op.groups, -1, table.shape[1]).any(1).reshape(-1)
-    return table.any(0)
+    return np.any(table, axis=0)
 
 
 def _mark(found: Reasons, why: str, channels: np.ndarray, total: int) -> None:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chanopt.ir import Refusal
+from chanopt.errors import LoadError
+from chanopt.ir import IndexMap, Refusal
 from chanopt.solve import Instance, Solution
 
 FORMAT = 1
@@ -117,9 +118,18 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Read a report from JSON."""
-        data = json.loads(text)
-        data.pop("format")
+        """Read a report from JSON.
+
+        Raises:
+            LoadError: the text is not a report, or comes from a newer version.
+        """
+        try:
+            data = json.loads(text)
+            written = data.pop("format")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise LoadError("expected the JSON of a chanopt report, found something else") from error
+        if written != FORMAT:
+            raise LoadError(f"expected a report of format {FORMAT}, found {written!r}; update chanopt to read it")
         data["segments"] = tuple(_segment(row) for row in data["segments"])
         data["layers"] = tuple(_layer(row) for row in data["layers"])
         data["refusals"] = tuple(Refusal(**row) for row in data["refusals"])
@@ -142,40 +152,53 @@ class Report:
         Raises:
             KeyError: no such layer.
         """
-        from chanopt.ir import IndexMap
-
-        row = next((row for row in self.layers if row.name == layer), None)
-        if row is None:
+        rows = [row for row in self.layers if row.name == layer]  # several for a module that is used twice
+        if not rows:
             raise KeyError(f"expected one of the report's layers, found {layer!r}")
-        reasons = [reason for reason, channels in row.kept.items() if channel in IndexMap.parse(channels)]
-        return "; ".join(reasons) if reasons else "not kept: nothing reads it"
+        found = [why for row in rows for why, channels in row.kept.items() if channel in IndexMap.parse(channels)]
+        return "; ".join(dict.fromkeys(found)) if found else "not kept: nothing reads it"
 
 
 def _segment(row: dict[str, Any]) -> SegmentReport:
-    row = dict(row)
-    row["instance"] = Instance.from_json(row["instance"])
-    row["solution"] = Solution.from_json(row["solution"])
-    return SegmentReport(**{**row, "consumers": tuple(row["consumers"]), "producers": tuple(row["producers"])})
+    fields: dict[str, Any] = {
+        **row,
+        "instance": Instance.from_json(row["instance"]),
+        "solution": Solution.from_json(row["solution"]),
+        "consumers": tuple(row["consumers"]),
+        "producers": tuple(row["producers"]),
+    }
+    return SegmentReport(**fields)
 
 
 def _layer(row: dict[str, Any]) -> LayerReport:
-    pairs = {key: tuple(row[key]) for key in ("channels_in", "channels_out", "parameters", "macs")}
-    return LayerReport(**{**row, **pairs})
+    pairs: dict[str, Any] = {key: tuple(row[key]) for key in ("channels_in", "channels_out", "parameters", "macs")}
+    fields: dict[str, Any] = {**row, **pairs}
+    return LayerReport(**fields)
+
+
+_TOTALS = (
+    "consumers",
+    "slices",
+    "gathers",
+    "copies",
+    "gathered_channels",
+    "copied_bytes",
+    "macs_before",
+    "macs_after",
+    "parameters_before",
+    "parameters_after",
+)
 
 
 def merged(model: str, parts: Mapping[str, Report], refusals: tuple[Refusal, ...]) -> Report:
     """One report of several: of the parts of a model that could be captured, under their names."""
-    totals = (
-        "consumers slices gathers copies gathered_channels copied_bytes macs_before macs_after parameters_before "
-        "parameters_after"
-    ).split()
     seconds: dict[str, float] = {}
     for report in parts.values():
         for stage, spent in report.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
     return Report(
         model,
-        **{name: sum(getattr(report, name) for report in parts.values()) for name in totals},
+        **{name: sum(getattr(report, name) for report in parts.values()) for name in _TOTALS},
         segments=tuple(segment for report in parts.values() for segment in report.segments),
         layers=tuple(layer for report in parts.values() for layer in report.layers),
         refusals=(*refusals, *(refusal for report in parts.values() for refusal in report.refusals)),
