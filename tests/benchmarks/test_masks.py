@@ -75,9 +75,7 @@ def test_an_amount_that_is_no_fraction_is_refused(amount: float) -> None:
         masks.mask(Net(), "input", amount)
 
 
-@pytest.mark.parametrize(
-    "setting", [Setting("input", 0.7), Setting("output", 0.5), Setting("both", 0.5)], ids=str
-)
+@pytest.mark.parametrize("setting", [Setting("input", 0.7), Setting("output", 0.5), Setting("both", 0.5)], ids=str)
 @pytest.mark.parametrize("name", ["squeezenet1_1", "resnet18", "mobilenet_v3_small"])
 def test_masked_networks_stay_masked_and_sensitive(name: str, setting: Setting) -> None:
     model = masks.build_masked(name, setting, 64)

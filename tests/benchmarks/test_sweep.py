@@ -109,14 +109,16 @@ def test_figures_restate_bytes_for_float32_and_show_the_first_refusals() -> None
 
 
 def test_a_network_is_measured_in_both_precisions_and_beside_upscale(monkeypatch: pytest.MonkeyPatch) -> None:
-    def optimize(model: nn.Module, _inputs: object) -> nn.Module:
+    def optimized(_name: str, model: nn.Module, _inputs: object) -> nn.Module:
         return copy.deepcopy(model)
 
-    monkeypatch.setattr(chanopt, "optimize", optimize, raising=False)
+    monkeypatch.setattr(measure, "_optimized", optimized)
     monkeypatch.setattr(chanopt, "explain", lambda _module: report(), raising=False)
     row = measure.measure("squeezenet1_1", Setting("input", 0.5), 64)
     assert row.status == "ok", row.exception
     assert (row.error64, row.error64_batch, row.error32) == (0, 0, 0)
+    assert row.own_error32 is not None
+    assert 0 < row.own_error32 < 1e-4
     assert row.upscale_status == "ok"
     assert row.upscale_bytes == 0
     assert row.sensitivity is not None
@@ -125,10 +127,10 @@ def test_a_network_is_measured_in_both_precisions_and_beside_upscale(monkeypatch
 
 
 def test_an_exception_becomes_a_row_that_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def optimize(_model: nn.Module, _inputs: object) -> nn.Module:
+    def optimized(_name: str, _model: nn.Module, _inputs: object) -> nn.Module:
         raise KeyError("some\nop")
 
-    monkeypatch.setattr(chanopt, "optimize", optimize, raising=False)
+    monkeypatch.setattr(measure, "_optimized", optimized)
     row = measure.measure("squeezenet1_1", Setting("input", 0.5), 64)
     assert row.status == "error"
     assert row.violations == ["KeyError: 'some\\nop'"]
@@ -163,9 +165,7 @@ def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert [row.exception for row in rows] == ["no answer within 0.5 s"] * 2
 
 
-def test_resuming_measures_only_what_is_missing_or_failed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_resuming_measures_only_what_is_missing_or_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = [GOOD, replace(GOOD, side="both", status="error", exception="x", violations=["x"])]
     lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
     (tmp_path / "out.jsonl").write_text(lines + '{"model": "resnet18", "si')
@@ -197,18 +197,14 @@ def test_a_task_is_the_command_line_of_its_process() -> None:
         ("input:half", "expected SIDE:AMOUNT, as in input:0.5, found 'input:half'"),
     ],
 )
-def test_a_setting_that_cannot_be_read_is_refused(
-    text: str, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_setting_that_cannot_be_read_is_refused(text: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         sweep.parser().parse_args(["--settings", text])
     assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_tables_have_totals_and_mark_what_was_not_measured(tmp_path: Path) -> None:
-    raised = replace(
-        GOOD, model="vit_b_16", upscale_status="KeyError", upscale_bytes=None, upscale_channels=None
-    )
+    raised = replace(GOOD, model="vit_b_16", upscale_status="KeyError", upscale_bytes=None, upscale_channels=None)
     failed = Row("swin_t", "input", 0.5, 64, status="error", exception="boom", violations=["boom"])
     tables.write([raised, failed, GOOD], tmp_path / "t.csv", "A heading")
     page = (tmp_path / "t.md").read_text()

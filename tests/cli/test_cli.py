@@ -47,9 +47,7 @@ class Ranked(nn.Module):
         return self.conv(x).cumsum(1)
 
 
-def saved(
-    path: Path, model: nn.Module, *, dynamic: bool = True, kwargs: dict[str, Any] | None = None
-) -> Path:
+def saved(path: Path, model: nn.Module, *, dynamic: bool = True, kwargs: dict[str, Any] | None = None) -> Path:
     inputs = (torch.randn(2, 3, 12, 12),)
     shapes: dict[str, Any] | None = {"x": {0: Dim("batch", min=1, max=64)}} if dynamic else None
     if shapes is not None and kwargs:
@@ -130,16 +128,12 @@ def test_optimize_keeps_keyword_inputs(tmp_path: Path) -> None:
     assert run("optimize", path, tmp_path / "slim.pt2") == 0
     x = torch.randn(3, 3, 12, 12)
     made = torch.export.load(tmp_path / "slim.pt2").module()(x, scale=2 * scale)
-    torch.testing.assert_close(
-        made, torch.export.load(path).module()(x, scale=2 * scale), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(made, torch.export.load(path).module()(x, scale=2 * scale), rtol=1e-4, atol=1e-5)
 
 
 def test_optimize_writes_reports(branches: Path, tmp_path: Path) -> None:
     page, data = tmp_path / "report.html", tmp_path / "report.json"
-    assert (
-        run("optimize", branches, tmp_path / "slim.pt2", "--report", page, "--json", data, "--no-verify") == 0
-    )
+    assert run("optimize", branches, tmp_path / "slim.pt2", "--report", page, "--json", data, "--no-verify") == 0
     report = Report.from_json(data.read_text())
     assert report.model == "branches"
     assert report.parameters_after < report.parameters_before
@@ -214,8 +208,7 @@ def test_explain_names_refusals_and_strict_makes_them_errors(
 def test_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("optimize", tmp_path / "nowhere.pt2", tmp_path / "slim.pt2") == 2
     assert error_of(capsys) == (
-        "chanopt optimize: error: expected a file saved by torch.export.save, "
-        f"found no file {tmp_path / 'nowhere.pt2'}"
+        f"chanopt optimize: error: expected a file saved by torch.export.save, found no file {tmp_path / 'nowhere.pt2'}"
     )
 
 
@@ -252,9 +245,7 @@ def test_a_model_exported_in_train_mode(tmp_path: Path, capsys: pytest.CaptureFi
     assert "call model.eval()" in error_of(capsys)
 
 
-def test_a_folder_that_does_not_exist(
-    branches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_does_not_exist(branches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("optimize", branches, tmp_path / "no" / "slim.pt2") == 2
     assert f"expected a folder {tmp_path / 'no'} for slim.pt2, found none" in error_of(capsys)
 
@@ -293,9 +284,7 @@ def test_a_model_with_nan_weights(tmp_path: Path, capsys: pytest.CaptureFixture[
         (("demo", "--rounds", "0"), "expected a whole number above 0, found '0'"),
     ],
 )
-def test_words_that_make_no_sense(
-    words: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_words_that_make_no_sense(words: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         run(*words)
     assert left.value.code == 2

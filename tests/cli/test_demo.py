@@ -14,14 +14,9 @@ from torch import nn
 from chanopt import cli, demo, torchvision_shim
 
 
-def test_the_demo_masks_optimises_compares_and_times(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_masks_optimises_compares_and_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
-    assert (
-        cli.main(["demo", "--quick", "--models", "resnet18", "--rounds", "2", "--out", str(tmp_path / "out")])
-        == 0
-    )
+    assert cli.main(["demo", "--quick", "--models", "resnet18", "--rounds", "2", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     start = next(number for number, line in enumerate(lines) if line.split()[:2] == ["model", "masked"])

@@ -119,9 +119,7 @@ def test_files_that_the_pages_name_exist() -> None:
     named = {
         name
         for page in PAGES
-        for name in re.findall(
-            r"`((?:src|tests|passes|benchmarks|docs)/[\w./]+)`", page.read_text(encoding="utf-8")
-        )
+        for name in re.findall(r"`((?:src|tests|passes|benchmarks|docs)/[\w./]+)`", page.read_text(encoding="utf-8"))
     }
     assert named
     assert [name for name in sorted(named) if not (DOCS.parent / name).exists()] == []

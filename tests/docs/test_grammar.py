@@ -30,9 +30,7 @@ class Grammar:
 
     def __init__(self, page: str) -> None:
         (listing,) = re.findall(r"^```ebnf\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-        self.rules: dict[str, str] = dict(
-            re.findall(r"^(\w+)\s*::=((?:.*\n)(?:\s+.*\n)*)", listing, re.MULTILINE)
-        )
+        self.rules: dict[str, str] = dict(re.findall(r"^(\w+)\s*::=((?:.*\n)(?:\s+.*\n)*)", listing, re.MULTILINE))
         rows = re.findall(r"^\| ([A-Z]+) \| `(.*)` \|$", page, re.MULTILINE)
         self.terminals = {name: re.compile(pattern.replace(r"\|", "|")) for name, pattern in rows}
         self.terminals["NL"] = re.compile(r"\n")
@@ -58,9 +56,7 @@ class Grammar:
         while symbols and symbols[0] == "|":
             symbols.pop(0)
             options.append(self._sequence(symbols))
-        return lambda text, at: next(
-            (end for option in options if (end := option(text, at)) is not None), None
-        )
+        return lambda text, at: next((end for option in options if (end := option(text, at)) is not None), None)
 
     def _sequence(self, symbols: list[str]) -> Match:
         parts: list[Match] = []

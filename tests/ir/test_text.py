@@ -23,11 +23,11 @@ program batch=2 channels_last {
   refused ["aten.sort.default", "a.b", "model.py:3 in forward: x.sort()", "no \\"rule\\""]
   %x : float32[b, 3*, 8, 8] 1024B = source input("x")
   %n : int[] = barrier aten.sym_size.int(%x!, 0)
-  %a : f32[b, 8*, 8, 8] {4,0:3} 1024B = mix aten.conv2d(%x{0:3}, @a.weight<0,1>, none, [1, -1], 1) linear border layer "a"
+  %a : f32[b, 8*, 8, 8] {4,0:3} 1024B = mix f.conv(%x{0:3}, @a.weight<0,1>, none, [1, -1], 1) linear border layer "a"
   %r : float32[b, 8*, 8, 8] {4,0:3} = map aten.relu.default(%a)
   %s : float32[b, 4*, 8, 8] = reindex alias(%r[4,0:3])
   %p : float32[b, 1*, 16, 16] = reindex aten.pixel_shuffle.default(%s[0:4]/4, 2)
-  %g : f32[b, 1*] = map f.g(%p, &norm.mean<0,_>, @"odd name", $C, $G, 0.5, true, -inf, "text") groups=2 block=3 source "m:1"
+  %g : f32[b, 1*] = map f.g(%p, &norm.mean<0,_>, @"odd name", $C, $G, 0.5, true, -inf, "x") groups=2 block=3 source "m:1"
   sink output(%g!, [%p!, none])
 }
 """
@@ -81,7 +81,7 @@ def test_a_program_by_hand() -> None:
         0.5,
         True,
         -math.inf,
-        "text",
+        "x",
     )
     assert (ops["g"].groups, ops["g"].block, ops["g"].source) == (2, 3, "m:1")
     assert ops[""].args == (Read("g", Access.ALL), (Read("p", Access.ALL), None))

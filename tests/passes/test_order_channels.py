@@ -89,7 +89,7 @@ def test_case_1_the_output_keeps_its_order() -> None:
 
 
 def stream(*kept: list[int]) -> Any:
-    """t = a(x), then t = t + b[i](t.relu()) for every i, each b[i] reading what `kept` says, head the last."""
+    """A stream t = a(x) that grows by t + b[i](t.relu()); each b[i] reads what `kept` says, head the last."""
 
     def body(n: Net, x: Tensor) -> Tensor:
         t = n.a(x)

@@ -56,10 +56,7 @@ def drawn(channels: int, readers: int, seed: int, values: int = 1) -> SegmentRep
     sets = [tuple(rng.sample(range(channels), rng.randint(1, channels))) for _ in range(readers)]
     instance = Instance(
         channels,
-        tuple(
-            Reader(f"block{seed}.layer{n}", these, len(these) * 100, n % values)
-            for n, these in enumerate(sets)
-        ),
+        tuple(Reader(f"block{seed}.layer{n}", these, len(these) * 100, n % values) for n, these in enumerate(sets)),
         edges=tuple(Edge(f"add_{n} -> add_{n + 1}", n, n + 1, 50) for n in range(values - 1)),
     )
     orders = [tuple(rng.sample(range(channels), channels))]

@@ -246,10 +246,7 @@ def test_without_jinja2_the_error_says_what_to_install(monkeypatch: pytest.Monke
 def schemes() -> dict[str, dict[str, str]]:
     style = resources.files("chanopt.report").joinpath("page.css").read_text(encoding="utf-8")
     light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
-    return {
-        name: dict(re.findall(r"--([\w-]+): (#\w{6})", text))
-        for name, text in (("light", light), ("dark", dark))
-    }
+    return {name: dict(re.findall(r"--([\w-]+): (#\w{6})", text)) for name, text in (("light", light), ("dark", dark))}
 
 
 def contrast(one: str, other: str) -> float:

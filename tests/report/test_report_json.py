@@ -12,9 +12,7 @@ from chanopt.report import Report
 from tests.report import samples
 
 
-@pytest.mark.parametrize(
-    "make", [samples.by_hand, samples.hostile, samples.empty, samples.large, samples.by_chanopt]
-)
+@pytest.mark.parametrize("make", [samples.by_hand, samples.hostile, samples.empty, samples.large, samples.by_chanopt])
 def test_round_trip(make: Callable[[], Report]) -> None:
     report = make()
     again = Report.from_json(report.to_json())

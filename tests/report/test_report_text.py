@@ -40,9 +40,7 @@ def text() -> str:
     return render(samples.by_hand())
 
 
-@pytest.mark.parametrize(
-    "make", [samples.by_hand, samples.hostile, samples.empty, samples.large, samples.by_chanopt]
-)
+@pytest.mark.parametrize("make", [samples.by_hand, samples.hostile, samples.empty, samples.large, samples.by_chanopt])
 def test_columns_stand_under_one_another(make: Callable[[], Report]) -> None:
     for heading, rule, *rows in tables(render(make())).values():
         gaps = [match.start() for match in re.finditer(" ", rule)]
@@ -52,9 +50,7 @@ def test_columns_stand_under_one_another(make: Callable[[], Report]) -> None:
         assert rows
 
 
-@pytest.mark.parametrize(
-    "make", [samples.by_hand, samples.hostile, samples.empty, samples.large, samples.by_chanopt]
-)
+@pytest.mark.parametrize("make", [samples.by_hand, samples.hostile, samples.empty, samples.large, samples.by_chanopt])
 @pytest.mark.parametrize("rows", [30, None])
 def test_no_line_is_too_long_or_ends_in_spaces(make: Callable[[], Report], rows: int | None) -> None:
     for line in render(make(), rows).split("\n"):

@@ -45,9 +45,7 @@ def well_formed(node: Node) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    ("channels", "count", "ordered"), [(4, 800, 0), (5, 800, 0), (5, 800, 0.4), (6, 150, 0.3)]
-)
+@pytest.mark.parametrize(("channels", "count", "ordered"), [(4, 800, 0), (5, 800, 0), (5, 800, 0.4), (6, 150, 0.3)])
 def test_tree_stands_for_exactly_the_orders_that_are_left(channels: int, count: int, ordered: float) -> None:
     rng = random.Random(channels)
     for _ in range(count * FUZZ):
@@ -66,9 +64,7 @@ def test_tree_stands_for_exactly_the_orders_that_are_left(channels: int, count: 
                 continue
             left = now
             stood = list(frontiers(tree.root))
-            assert sorted(stood) == [
-                order for order, kept in zip(orders(channels), left, strict=True) if kept
-            ]
+            assert sorted(stood) == [order for order, kept in zip(orders(channels), left, strict=True) if kept]
             assert tree.frontier() in set(stood)
             assert well_formed(tree.root)
 

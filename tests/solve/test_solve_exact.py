@@ -133,9 +133,7 @@ def _nothing_joined(self: _Search, best: object, deadline: float) -> object:
 def test_splitting_keeps_the_optimum() -> None:
     """Nested and disjoint sets are decided apart: the sum of the parts is the optimum of the whole."""
     seen = 0
-    for instance in random_instances(
-        11, 400, channels=(6, 7), readers=(4, 7), weight=lambda rng: rng.randint(1, 9)
-    ):
+    for instance in random_instances(11, 400, channels=(6, 7), readers=(4, 7), weight=lambda rng: rng.randint(1, 9)):
         problems = split(instance, Scale(1))
         seen += len(problems) > 1
         assert solve(instance).objective == optimum(instance), instance.to_json()
@@ -150,8 +148,7 @@ def test_table_of_three_sets() -> None:
             assert not found
             continue
         rows = [
-            is_run(len(regions), [atom for atom, region in enumerate(regions) if region >> s & 1])
-            for s in range(3)
+            is_run(len(regions), [atom for atom, region in enumerate(regions) if region >> s & 1]) for s in range(3)
         ]
         assert found == (not (rows[0] & rows[1] & rows[2]).any())
 
@@ -190,9 +187,7 @@ def test_nested_sets_are_free() -> None:
 
 def test_generic_sets_leave_the_two_heaviest_free() -> None:
     rng = random.Random(4)
-    readers = tuple(
-        Reader(f"r{i}", tuple(rng.sample(range(256), 128)), 10 + i, ordered=False) for i in range(7)
-    )
+    readers = tuple(Reader(f"r{i}", tuple(rng.sample(range(256), 128)), 10 + i, ordered=False) for i in range(7))
     solution = solve(Instance(256, readers))
     assert solution.gathered == ("r0", "r1", "r2", "r3", "r4")
     assert solution.optimal
@@ -288,8 +283,7 @@ def test_same_instance_same_answer() -> None:
 def hard_instance() -> Instance:
     rng = random.Random(1)
     readers = tuple(
-        Reader(f"r{i}", tuple(rng.sample(range(24), rng.randint(2, 5))), rng.randint(1, 50))
-        for i in range(24)
+        Reader(f"r{i}", tuple(rng.sample(range(24), rng.randint(2, 5))), rng.randint(1, 50)) for i in range(24)
     )
     return Instance(24, readers)
 

@@ -27,9 +27,7 @@ def stage(channels: int, values: int, seed: int) -> Instance:
     sets = [tuple(rng.sample(range(channels), channels // 2)) for _ in range(values)]
     readers = tuple(Reader(f"r{i}", s, len(s) * rng.choice((1, 2, 4)), i) for i, s in enumerate(sets))
     later = [set().union(*sets[i + 1 :]) for i in range(values - 1)]
-    return Instance(
-        channels, readers, edges=tuple(Edge(f"e{i}", i, i + 1, len(s)) for i, s in enumerate(later))
-    )
+    return Instance(channels, readers, edges=tuple(Edge(f"e{i}", i, i + 1, len(s)) for i, s in enumerate(later)))
 
 
 def seconds(instance: Instance) -> float:

@@ -34,11 +34,7 @@ def calibrate(model: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
             norm.momentum = None
             norm.train()
         seen: set[int] = set()
-        hooks = [
-            m.register_forward_hook(_scaler(seen))
-            for m in model.modules()
-            if isinstance(m, (*CONVS, nn.Linear))
-        ]
+        hooks = [m.register_forward_hook(_scaler(seen)) for m in model.modules() if isinstance(m, (*CONVS, nn.Linear))]
         model(*inputs)
         for hook in hooks:
             hook.remove()

@@ -78,9 +78,7 @@ def assert_sensitive(
     """
     assert tensors, "the model returned no tensor: nothing to compare"
     for index, tensor in enumerate(tensors):
-        assert bool(torch.isfinite(tensor).all()), (
-            f"output {index} of shape {tuple(tensor.shape)} is not finite"
-        )
+        assert bool(torch.isfinite(tensor).all()), f"output {index} of shape {tuple(tensor.shape)} is not finite"
     if allow_constant is True:
         return
     spreads = [spread(tensor) for tensor in tensors]
@@ -136,8 +134,8 @@ def assert_same_function(
         for (path, left), (_, right) in zip(reference, found, strict=True)
         if (error := difference(left, right)) > tol
     ]
-    assert not wrong, (
-        f"{len(wrong)} of {len(reference)} outputs differ by more than {tol:.0e}:\n  " + "\n  ".join(wrong)
+    assert not wrong, f"{len(wrong)} of {len(reference)} outputs differ by more than {tol:.0e}:\n  " + "\n  ".join(
+        wrong
     )
     assert_sensitive([tensor for _, tensor in reference], allow_constant=allow_constant)
 

@@ -15,9 +15,7 @@ from tests.support.nets.base import BATCH_NORMS, CONVS, AnyModule
 
 Side = Literal["input", "output", "both"]
 Scope = Literal["random", "structured"]
-Mode = Literal[
-    "uniform", "varied", "nested", "identical", "ranges", "groups", "dead_layers", "dead_inputs", "slimming"
-]
+Mode = Literal["uniform", "varied", "nested", "identical", "ranges", "groups", "dead_layers", "dead_inputs", "slimming"]
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 RANDOM_MODES: tuple[Mode, ...] = ("uniform", "varied")
@@ -72,9 +70,7 @@ def mask_randomly(
         raise ValueError(f"amount is the part of the channels to zero: expected 0 to 1, found {amount}")
     rng = random.Random(f"{seed}/{side}/{amount}/{scope}/{mode}")
     chosen: Mode = mode or rng.choice(RANDOM_MODES if scope == "random" else STRUCTURED_MODES)
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, (*CONVS, nn.Linear))
-    }
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (*CONVS, nn.Linear))}
     with torch.no_grad():
         if chosen == "slimming" and (norms := _affine_norms(model)):
             kept = {name: _slim(norm, rng, amount) for name, norm in norms.items()}
@@ -168,9 +164,7 @@ class _Drawer:
         total = groups * per_group
         special: dict[Mode, Callable[[], Sequence[int]]] = {
             "varied": lambda: self._some(total, self.rng.uniform(0, min(1.0, 2 * self.amount))),
-            "nested": lambda: self._ranking(total)[
-                : int(self.rng.uniform(0, min(1.0, 2 * self.amount)) * total)
-            ],
+            "nested": lambda: self._ranking(total)[: int(self.rng.uniform(0, min(1.0, 2 * self.amount)) * total)],
             "identical": lambda: self._ranking(total)[: int(self.amount * total)],
             "ranges": lambda: self._run(total),
             "groups": lambda: self._whole_groups(groups, per_group),

@@ -101,9 +101,7 @@ def random_net_counted(seed: int) -> tuple[nn.Module, Inputs, int]:
         calibrate(net, inputs(8, torch.float32, 1))
         if _sensitive(net, inputs):
             return net, inputs, attempt + 1
-    raise RuntimeError(
-        f"seed {seed}: no random net with sensitive outputs in {ATTEMPTS} attempts; use another seed"
-    )
+    raise RuntimeError(f"seed {seed}: no random net with sensitive outputs in {ATTEMPTS} attempts; use another seed")
 
 
 def _sensitive(net: nn.Module, inputs: Inputs) -> bool:
@@ -307,9 +305,7 @@ class _Writer:
         """Two values of equal channel count; a 1x1 convolution makes the second where there is none."""
         first = self.pick()
         partners = [
-            i
-            for i in range(len(self.inputs), len(self.widths))
-            if i != first and self.widths[i] == self.widths[first]
+            i for i in range(len(self.inputs), len(self.widths)) if i != first and self.widths[i] == self.widths[first]
         ]
         if partners and self.rng.random() < 0.8:
             return first, self.rng.choice(partners)
@@ -509,11 +505,7 @@ class _Writer:
         What is left out stays in the graph as a dead branch.
         """
         loose = sorted(self.unread)[-4:]
-        last = (
-            self.step("cat", _cat, tuple(loose), sum(self.widths[i] for i in loose))
-            if len(loose) > 1
-            else loose[0]
-        )
+        last = self.step("cat", _cat, tuple(loose), sum(self.widths[i] for i in loose)) if len(loose) > 1 else loose[0]
         last = self.block(last)
         main = self.head(last)
         roll = self.rng.random()

@@ -125,9 +125,7 @@ def check_random(seed: int, failures: list[str], counts: Counter[str], with_expo
         None,
         True,
     )
-    found = _attempt(
-        f"random {seed} masks", failures, check_masks, lambda: random_net_counted(seed)[0], inputs, None
-    )
+    found = _attempt(f"random {seed} masks", failures, check_masks, lambda: random_net_counted(seed)[0], inputs, None)
     counts += found or Counter()
     if with_export:
         _attempt(f"random {seed} export", failures, check_export, net, inputs, None)

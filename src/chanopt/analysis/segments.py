@@ -353,8 +353,17 @@ class OrderGraph:
         instance = Instance(len(labels), tuple(readers), tuple(blocks), tuple(pins), tuple(edges), tuple(prefer))
         return self._described(instance, labels, nodes, places)
 
+    def _following(self, nodes: list[str]) -> list[str]:
+        """Dropped nodes that take their order from these, directly or through one another."""
+        found: list[str] = []
+        for node, whole in reversed(self.whole.items()):  # what a dropped node is made of was dropped after it
+            sources = {self.node_of[flow.source] for flow in whole.flows}
+            if sources & {*nodes, *found}:
+                found.append(node)
+        return found
+
     def _described(self, instance: Instance, labels: Labels, nodes: list[str], places: dict[str, Place]) -> Segment:
-        values = [member for node in nodes for member in self.members[node]]
+        values = [member for node in (*nodes, *self._following(nodes)) for member in self.members[node]]
         makers = {op.result: op for op in self.program.ops}
         producers = dict.fromkeys(
             makers[v].label() for v in values if not any(r.access is Access.FLOW for r in makers[v].reads)

@@ -41,7 +41,7 @@ def write_in_place(graph: fx.Graph, shapes: dict[fx.Node, tuple[tuple[int | str,
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target in _UNARY and _is_own(node.args[0], node):
+        if node.target in _UNARY and _is_own(node.args[0], node) and _is_invertible(node):
             node.target = _UNARY[node.target]
         elif node.target is aten.add.Tensor and not node.kwargs:
             _add(node, shapes)
@@ -54,6 +54,12 @@ def _add(node: fx.Node, shapes: dict[fx.Node, tuple[tuple[int | str, ...], str]]
         if same and isinstance(other, fx.Node) and other is not operand and _is_own(operand, node):
             node.target, node.args = aten.add_.Tensor, (operand, other)
             return
+
+
+def _is_invertible(node: fx.Node) -> bool:
+    """Whether autograd can undo the in-place form: leaky_relu_ and elu_ refuse negative slopes."""
+    slopes = node.args[1:2] if node.target in (aten.leaky_relu.default, aten.elu.default) else ()
+    return all(slope >= 0 for slope in slopes)
 
 
 def _is_own(operand: object, user: fx.Node) -> bool:

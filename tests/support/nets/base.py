@@ -132,9 +132,7 @@ def conv(inputs: int, outputs: int, kernel: int = 1, **options: Any) -> nn.Conv2
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, **options: Any) -> nn.Sequential:
     """Convolution without bias, batch norm, ReLU: the block most networks are made of."""
-    return nn.Sequential(
-        conv(inputs, outputs, kernel, bias=False, **options), nn.BatchNorm2d(outputs), nn.ReLU()
-    )
+    return nn.Sequential(conv(inputs, outputs, kernel, bias=False, **options), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def parameter(*shape: int, low: float = 0.5, high: float = 1.5) -> nn.Parameter:

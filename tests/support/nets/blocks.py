@@ -294,11 +294,7 @@ def shufflenet() -> nn.Module:
         left, right = t.chunk(2, dim=1)
         t = torch.cat((left, n.get_submodule(name)(right)), dim=1)
         batch, channels, height, width = t.shape
-        return (
-            t.view(batch, 2, channels // 2, height, width)
-            .transpose(1, 2)
-            .reshape(batch, channels, height, width)
-        )
+        return t.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
 
     def branch() -> nn.Module:
         return nn.Sequential(

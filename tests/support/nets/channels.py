@@ -22,9 +22,7 @@ for _multiplier in (1, 2, 3):
 for _groups in (2, 4):
     add(
         f"grouped_{_groups}",
-        lambda g=_groups: nn.Sequential(
-            conv(3, 8, 3), nn.ReLU(), conv(8, 8, 3, groups=g), nn.ReLU(), conv(8, 6)
-        ),
+        lambda g=_groups: nn.Sequential(conv(3, 8, 3), nn.ReLU(), conv(8, 8, 3, groups=g), nn.ReLU(), conv(8, 6)),
         f"grouped conv with {_groups} groups in the middle",
     )
 
@@ -125,9 +123,7 @@ def slice_assign() -> nn.Module:
 
 @micro("one channel is selected and gates the others")
 def select_channel() -> nn.Module:
-    return Net(
-        lambda n, x: n.b((t := n.a(x))[:, 1:] * torch.sigmoid(t[:, :1])), a=conv(3, 9, 3), b=conv(8, 6)
-    )
+    return Net(lambda n, x: n.b((t := n.a(x))[:, 1:] * torch.sigmoid(t[:, :1])), a=conv(3, 9, 3), b=conv(8, 6))
 
 
 @micro("x[:, 2] drops the axis, unsqueeze brings it back")
@@ -172,9 +168,7 @@ def repeat_channels() -> nn.Module:
 
 @micro("one channel expanded to eight")
 def expand_channels() -> nn.Module:
-    return Net(
-        lambda n, x: n.b(n.a(x).expand(-1, 8, -1, -1) * n.c(x)), a=conv(3, 1, 3), b=conv(8, 6), c=conv(3, 8)
-    )
+    return Net(lambda n, x: n.b(n.a(x).expand(-1, 8, -1, -1) * n.c(x)), a=conv(3, 1, 3), b=conv(8, 6), c=conv(3, 8))
 
 
 @micro("zero channels padded on, then added: the parameter-free shortcut of CIFAR ResNets")
@@ -192,11 +186,7 @@ def channel_shuffle() -> nn.Module:
     def body(n: Net, x: Tensor) -> Tensor:
         t = n.a(x).relu()
         batch, channels, height, width = t.shape
-        t = (
-            t.view(batch, 4, channels // 4, height, width)
-            .transpose(1, 2)
-            .reshape(batch, channels, height, width)
-        )
+        t = t.view(batch, 4, channels // 4, height, width).transpose(1, 2).reshape(batch, channels, height, width)
         return n.b(t)
 
     return Net(body, a=conv(3, 12, 3), b=conv(12, 6))
@@ -204,9 +194,7 @@ def channel_shuffle() -> nn.Module:
 
 @micro("nn.ChannelShuffle between grouped convs")
 def native_shuffle() -> nn.Module:
-    return nn.Sequential(
-        conv(3, 8, 3), conv(8, 8, groups=2), nn.ReLU(), nn.ChannelShuffle(2), conv(8, 8, groups=2)
-    )
+    return nn.Sequential(conv(3, 8, 3), conv(8, 8, groups=2), nn.ReLU(), nn.ChannelShuffle(2), conv(8, 8, groups=2))
 
 
 @micro("channel shuffle on an add of two streams")
@@ -307,9 +295,7 @@ def stack_interleave() -> nn.Module:
 
 @micro("reshape with the batch written as a number", fixed_batch=2)
 def reshape_fixed_batch() -> nn.Module:
-    return Net(
-        lambda n, x: n.b(n.a(x).relu().reshape(2, 8, 64).reshape(2, 8, 8, 8)), a=conv(3, 8, 3), b=conv(8, 6)
-    )
+    return Net(lambda n, x: n.b(n.a(x).relu().reshape(2, 8, 64).reshape(2, 8, 8, 8)), a=conv(3, 8, 3), b=conv(8, 6))
 
 
 @micro("H and W flattened into one axis, 1-D conv over it")
@@ -378,9 +364,7 @@ def cat_batch() -> nn.Module:
 
 @micro("concat, then an add with a third producer")
 def cat_add() -> nn.Module:
-    return _joined(
-        lambda n, x: n.d(torch.cat([n.a(x), n.b(x)], 1).relu() + n.c(x)), c=conv(3, 12), d=conv(12, 6, 3)
-    )
+    return _joined(lambda n, x: n.d(torch.cat([n.a(x), n.b(x)], 1).relu() + n.c(x)), c=conv(3, 12), d=conv(12, 6, 3))
 
 
 @micro("a concat inside a concat, the inner one also read alone")

@@ -82,9 +82,7 @@ def transposed() -> nn.Module:
 
 @micro("transposed conv, stride 2, two groups, 8 to 12 channels")
 def transposed_grouped() -> nn.Module:
-    return nn.Sequential(
-        conv(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 12, 2, 2, groups=2), nn.ReLU(), conv(12, 6)
-    )
+    return nn.Sequential(conv(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 12, 2, 2, groups=2), nn.ReLU(), conv(12, 6))
 
 
 @micro("transposed depthwise conv")
@@ -140,9 +138,7 @@ def asymmetric_kernel() -> nn.Module:
 
 @micro("F.pad on two sides only, then an unpadded strided conv (TensorFlow's SAME)")
 def asymmetric_pad() -> nn.Module:
-    return Net(
-        lambda n, x: n.b(F.pad(n.a(x), (0, 1, 0, 1))), a=conv(3, 8, 3), b=conv(8, 6, 3, stride=2, padding=0)
-    )
+    return Net(lambda n, x: n.b(F.pad(n.a(x), (0, 1, 0, 1))), a=conv(3, 8, 3), b=conv(8, 6, 3, stride=2, padding=0))
 
 
 @micro("padding='same', also with an even kernel (dilated, so that both sides get the same)")
@@ -191,9 +187,7 @@ def interpolate_down() -> nn.Module:
 
 @micro("H and W exchanged, flipped and rolled: channels untouched", image(3, 8, 6))
 def spatial_moves() -> nn.Module:
-    return Net(
-        lambda n, x: n.b(n.a(x).transpose(2, 3).flip(2).roll(1, 3).relu()), a=conv(3, 8, 3), b=conv(8, 6, 3)
-    )
+    return Net(lambda n, x: n.b(n.a(x).transpose(2, 3).flip(2).roll(1, 3).relu()), a=conv(3, 8, 3), b=conv(8, 6, 3))
 
 
 @micro("spatial crop by slicing H and W")

@@ -64,9 +64,7 @@ pytree._register_namedtuple(  # pyright: ignore[reportPrivateUsage]
 
 @micro("a named tuple")
 def named_tuple_output() -> nn.Module:
-    return Net(
-        lambda n, x: Heads(n.b(t := n.a(x).relu()), n.c(t)), a=conv(3, 8, 3), b=conv(8, 6), c=conv(8, 4)
-    )
+    return Net(lambda n, x: Heads(n.b(t := n.a(x).relu()), n.c(t)), a=conv(3, 8, 3), b=conv(8, 6), c=conv(8, 4))
 
 
 @micro("the same value returned twice")

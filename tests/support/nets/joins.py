@@ -125,9 +125,7 @@ _JOINS = {
 for _name, _join in _JOINS.items():
     add(
         f"join_{_name}",
-        lambda join=_join: Net(
-            lambda n, x: n.c(join(n.a(x), n.b(x))), a=conv(3, 8, 3), b=conv(3, 8), c=conv(8, 6, 3)
-        ),
+        lambda join=_join: Net(lambda n, x: n.c(join(n.a(x), n.b(x))), a=conv(3, 8, 3), b=conv(3, 8), c=conv(8, 6, 3)),
         f"two producers meet in {_name}; a dead channel is not neutral everywhere",
     )
 
@@ -264,9 +262,7 @@ def dead_branch() -> nn.Module:
 @micro("hourglass: down by max pool, up by nearest, added to the skip", image(3, 12))
 def hourglass_nearest() -> nn.Module:
     return Net(
-        lambda n, x: n.d(
-            F.interpolate(n.c(F.max_pool2d(t := n.a(x).relu(), 2)).relu(), scale_factor=2) + n.b(t)
-        ),
+        lambda n, x: n.d(F.interpolate(n.c(F.max_pool2d(t := n.a(x).relu(), 2)).relu(), scale_factor=2) + n.b(t)),
         a=conv(3, 8, 3),
         b=conv(8, 8),
         c=conv(8, 8, 3),

@@ -37,9 +37,7 @@ def flatten_many() -> nn.Module:
 
 @micro("x.view(x.size(0), -1), then linear", image(3, 4))
 def flatten_by_view() -> nn.Module:
-    return Net(
-        lambda n, x: n.b((t := n.a(x).relu()).view(t.size(0), -1)), a=conv(3, 8, 3), b=nn.Linear(8 * 16, 5)
-    )
+    return Net(lambda n, x: n.b((t := n.a(x).relu()).view(t.size(0), -1)), a=conv(3, 8, 3), b=nn.Linear(8 * 16, 5))
 
 
 @micro("channels last, flattened, then linear: the columns of a channel are strided", image(3, 4))
@@ -86,9 +84,7 @@ def mlp() -> nn.Module:
 
 @micro("MLP on (N, tokens, features): the channel axis is the last", tensors((5, 6)))
 def mlp_tokens() -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 10, bias=False), nn.ReLU(), nn.Linear(10, 5)
-    )
+    return nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 10, bias=False), nn.ReLU(), nn.Linear(10, 5))
 
 
 @micro("residual MLP with layer norm (transformer feed-forward)", tensors((5, 8)))

@@ -157,9 +157,7 @@ def batch_norm_on_input() -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(3), conv(3, 8, 3), nn.ReLU(), conv(8, 6))
 
 
-@micro(
-    "conv without bias, batch norm with beta, padded 3x3 reader: dead channels are constants, borders differ"
-)
+@micro("conv without bias, batch norm with beta, padded 3x3 reader: dead channels are constants, borders differ")
 def batch_norm_beta_border() -> nn.Module:
     return nn.Sequential(conv(3, 8, 3, bias=False), nn.BatchNorm2d(8), conv(8, 6, 3))
 
@@ -269,6 +267,4 @@ def layer_scale() -> nn.Module:
 
 @micro("one constant added per channel, then a padded conv: constants differ at the border", image(3, 9))
 def channel_shift() -> nn.Module:
-    return Net(
-        lambda n, x: n.b(n.a(x) + n.shift), a=conv(3, 8, 3), shift=parameter(1, 8, 1, 1), b=conv(8, 6, 3)
-    )
+    return Net(lambda n, x: n.b(n.a(x) + n.shift), a=conv(3, 8, 3), shift=parameter(1, 8, 1, 1), b=conv(8, 6, 3))
