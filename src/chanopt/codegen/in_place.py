@@ -59,7 +59,7 @@ def _add(node: fx.Node, shapes: dict[fx.Node, tuple[tuple[int | str, ...], str]]
 def _is_invertible(node: fx.Node) -> bool:
     """Whether autograd can undo the in-place form: leaky_relu_ and elu_ refuse negative slopes."""
     slopes = node.args[1:2] if node.target in (aten.leaky_relu.default, aten.elu.default) else ()
-    return all(slope >= 0 for slope in slopes)
+    return all(isinstance(slope, int | float) and slope >= 0 for slope in slopes)
 
 
 def _is_own(operand: object, user: fx.Node) -> bool:
