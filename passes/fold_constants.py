@@ -168,7 +168,7 @@ class _Folding:
             return None
         assert result.axis is not None
         shape = [-1] + [1] * (len(result.shape) - 1 - result.axis)
-        tensor = torch.from_numpy(values).to(getattr(torch, result.dtype)).reshape(shape)
+        tensor = torch.from_numpy(values).to(getattr(torch, self.program.values[read.value].dtype)).reshape(shape)
         name = self.edits.add(f"{op.layer}.constant".lstrip("."), tensor)
         made = op.map_args(lambda arg: Param(name, out=0, buffer=True) if arg is read else arg)
         return replace(made, kind=Kind.MAP) if len(others) == 1 else made

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from chanopt.compare import verify
-from chanopt.errors import CaptureError, ChanoptError
+from chanopt.errors import CaptureError, ChanoptError, PassError
 from chanopt.frontend import RULES, Captured, capture, lower_captured
 from chanopt.frontend.masks import Mask, apply_masks
 from chanopt.frontend.parts import optimize_parts
@@ -53,6 +53,7 @@ def lower(
         MaskError: a mask for a module or channel that does not exist.
         ChanoptError: a weight is NaN or infinite.
     """
+    _check_call(model, kwargs, DEFAULT)
     return _lowered(_captured(model, _tuple(example_inputs), kwargs), masks, strict)
 
 
@@ -89,6 +90,7 @@ def optimize(
     """
     if target not in ("auto", "cpu", "cuda"):
         raise ChanoptError(f"expected target 'auto', 'cpu' or 'cuda', found {target!r}")
+    _check_call(model, kwargs, pipeline)
     inputs = _tuple(example_inputs)
     started = time.perf_counter()
     try:
@@ -121,6 +123,21 @@ def _tuple(inputs: Any) -> tuple[Any, ...]:
     return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
+def _check_call(model: Any, kwargs: Any, pipeline: Any) -> None:
+    """Refuse what is no model, no keyword inputs or no pass, before anything else is tried."""
+    if not isinstance(model, nn.Module | ExportedProgram | Captured):
+        raise ChanoptError(f"expected a torch.nn.Module to optimise, found a {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "expected an ordinary module, found TorchScript, which torch.export cannot capture; give its source"
+        )
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ChanoptError(f"expected keyword inputs as a dict, found a {type(kwargs).__name__}")
+    steps = [pipeline] if isinstance(pipeline, Pass) else pipeline
+    if not isinstance(steps, Sequence) or not all(isinstance(step, Pass) for step in steps):
+        raise PassError(f"expected a pipeline of passes, such as chanopt.passes.DEFAULT, found {pipeline!r}")
+
+
 def _captured(model: Model, inputs: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Captured:
     return model if isinstance(model, Captured) else capture(model, inputs, kwargs)
 
@@ -137,6 +154,8 @@ def _require_finite(program: Program) -> None:
     used = {param.name for op in program.ops for param in op.params if not param.buffer or op.linear}
     for name in sorted(used):
         tensor = program.weights[name]
+        if tensor.is_meta:
+            raise ChanoptError(f"expected weights with values, found {name} on the meta device; load the model first")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             wrong = int((~torch.isfinite(tensor)).sum())
             raise ChanoptError(

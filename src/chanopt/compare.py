@@ -20,7 +20,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, t
 def verify(
     model: nn.Module,
     fast: nn.Module,
-    example_inputs: tuple[Any, ...],
+    example_inputs: Any,
     kwargs: Mapping[str, Any] | None = None,
     *,
     tolerance: float | None = None,
@@ -45,19 +45,23 @@ def verify(
     Raises:
         VerifyError: an output is past the tolerance, not finite where the reference is, or of another shape.
     """
+    args = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     allowed = _tolerance(fast) if tolerance is None else tolerance
     reference, candidate = double(model), double(fast)
     generator = torch.Generator().manual_seed(seed)
     worst = 0.0
     for trial in range(1 + trials):
-        inputs = pytree.tree_map(
-            lambda leaf, trial=trial: _like(leaf, generator, trial), (example_inputs, dict(kwargs or {}))
-        )
+        inputs = pytree.tree_map(lambda leaf, trial=trial: _like(leaf, generator, trial), (args, dict(kwargs or {})))
         with torch.no_grad():
-            expected = reference(*inputs[0], **inputs[1])
-            found = candidate(*inputs[0], **inputs[1])
+            expected, found = (_called(module, *inputs) for module in (reference, candidate))
         worst = max(worst, _compared(expected, found, allowed, trial))
     return worst
+
+
+def _called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module's outputs on copies of the inputs: a model may write over what it is given."""
+    own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
+    return module(*own[0], **own[1])
 
 
 def _tolerance(module: nn.Module) -> float:

@@ -76,6 +76,8 @@ class _Forwards:
         candidates = np.ones(len(result), np.bool_)
         for read in flows:
             candidates &= ~np.isnan(_behind(self.known[read.value], read)).any(1)
+        if op.border:  # an average over a padded window is uniform only where there is nothing to average
+            candidates &= np.all([(_behind(self.known[read.value], read) == 0).all(1) for read in flows], axis=0)
         others = [read for read in op.reads if read.access is not Access.FLOW]
         if any(self.program.values[read.value].dtype != "int" for read in others):
             candidates[:] = False  # another operand, of unknown value, takes part (a size does not)

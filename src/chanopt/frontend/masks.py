@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,7 +31,7 @@ class Mask:
     outputs: Collection[int] | None = None
 
 
-def apply_masks(program: Program, masks: Mapping[str, Mask], modules: Iterable[str]) -> Program:
+def apply_masks(program: Program, masks: Any, modules: Iterable[str]) -> Program:
     """The program of the masked model.
 
     Args:
@@ -40,6 +42,8 @@ def apply_masks(program: Program, masks: Mapping[str, Mask], modules: Iterable[s
     Raises:
         MaskError: no such module, a module that is neither conv nor linear, or a channel out of range.
     """
+    if not isinstance(masks, Mapping) or not all(isinstance(mask, Mask) for mask in masks.values()):
+        raise MaskError("expected masks as {module name: chanopt.Mask(inputs=..., outputs=...)}, found something else")
     layers: dict[str, list[Op]] = {}
     for op in program.ops:
         if op.linear:
@@ -90,8 +94,22 @@ def _zero_inputs(op: Op, param: Param, tensor: torch.Tensor, dead: torch.Tensor)
 
 
 def _dropped(kept: Collection[int], channels: int, what: str) -> torch.Tensor:
-    wrong = sorted(int(c) for c in kept if not 0 <= int(c) < channels)
+    keep = _indices(kept, what)
+    wrong = sorted(c for c in keep if not 0 <= c < channels)
     if wrong:
         raise MaskError(f"expected kept {what} within 0..{channels - 1}, found {wrong[:8]}")
-    keep = set(map(int, kept))
     return torch.tensor([c for c in range(channels) if c not in keep], dtype=torch.int64)
+
+
+def _indices(kept: Collection[int], what: str) -> set[int]:
+    """Channel numbers as integers; a mask of booleans is not a list of numbers."""
+    try:
+        given = kept.tolist() if isinstance(kept, torch.Tensor) else list(kept)
+        if any(isinstance(channel, bool) for channel in given):
+            raise TypeError("booleans")
+        return {operator.index(channel) for channel in given}
+    except TypeError as error:
+        raise MaskError(
+            f"expected kept {what} as channel numbers, found {type(kept).__name__} of {error}; "
+            "of a boolean mask give mask.nonzero().flatten()"
+        ) from error

@@ -203,9 +203,18 @@ def spatial(dims: int) -> Rule:
 
     def rule(low: Lowering, call: Call) -> Made:
         x = low.channels_along(call.args[0], len(call.shape) - dims - 1)
-        return low.add(call, Kind.MAP, (flow(x), *(low.literal(arg) for arg in call.args[1:])), x.axis)
+        args = (flow(x), *(low.literal(arg) for arg in call.args[1:]))
+        return low.add(call, Kind.MAP, args, x.axis, border=_averages_border(call))
 
     return rule
+
+
+def _averages_border(call: Call) -> bool:
+    """Whether an average pool has windows that reach over the edge, where it counts zeros or fewer pixels."""
+    if not call.target.startswith("aten.avg_pool"):
+        return False
+    padding, ceil_mode = call.args[3:5]
+    return bool(ceil_mode) or any(padding if isinstance(padding, list | tuple) else [padding])
 
 
 def pad(low: Lowering, call: Call) -> Made:

@@ -133,7 +133,8 @@ class Op:
         block: the result exists in whole blocks of this many logical channels (49 after flattening 7x7, 2 after a
             depthwise conv with multiplier 2), each made of one operand channel.
         linear: ``args[:3]`` are (read, weight, bias or None) and the op is linear in the read.
-        border: a constant channel does not give a constant contribution (zero padding, transposed conv).
+        border: a constant channel other than zero does not give a constant contribution (zero padding, transposed
+            conv, a padded average).
         layer: the user's module, e.g. ``layer1.0.conv1``.
         source: the user's source line.
     """
