@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from benchmarks import peers, zoo
 from benchmarks.masks import Setting, build_masked
@@ -163,7 +164,7 @@ def _optimized(name: str, model: nn.Module, inputs: tuple[Any, ...]) -> nn.Modul
 @torch.no_grad()
 def _own_error32(model64: nn.Module, model32: nn.Module, inputs: tuple[Any, ...]) -> float:
     """How far the masked network itself is from its float64 outputs when it computes in float32."""
-    wide = [leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in inputs]
+    wide = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
     return relative_error(lambda *_: model64(*wide), model32, inputs)
 
 

@@ -66,7 +66,7 @@ def markdown(rows: Sequence[Row], heading: str) -> str:
 
 
 _LEGEND = """Errors are relative to the greatest magnitude of the output, on fresh inputs, against the masked
-network: float64 is the worse of batch 1 and 3. Bytes are those copied to select channels, for one image in
+network: float64 is the worse of batch 1 and a larger one. Bytes are those copied to select channels, for one image in
 float32, in KiB; channels are the gathered ones. `proven` counts segments whose order is proven optimal.
 UPSCALE runs on the same masks, and a dash says that it raises. Parameters in thousands."""
 
