@@ -45,7 +45,16 @@ def test_a_constant_in_a_comparison_keeps_its_type(name: str) -> None:
     assert_same_function(net, chanopt.optimize(net, inputs), (torch.randn(2, 3, 5, 5, dtype=torch.float64),))
 
 
-@pytest.mark.parametrize("pool", [nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(2, 2, padding=1, ceil_mode=True)])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool2d(3, 1, 1),
+        nn.AvgPool2d(2, 2, padding=1, ceil_mode=True),
+        nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+        nn.AvgPool2d(2, 2, padding=1, ceil_mode=True, count_include_pad=False),
+        nn.AvgPool2d(3, 1, 1, count_include_pad=False, divisor_override=4),
+    ],
+)
 @pytest.mark.parametrize("traced", [1, 2, 4])
 def test_a_padded_average_is_no_constant_at_another_size(pool: nn.Module, traced: int) -> None:
     torch.manual_seed(0)

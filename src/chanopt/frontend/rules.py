@@ -210,11 +210,12 @@ def spatial(dims: int) -> Rule:
 
 
 def _averages_border(call: Call) -> bool:
-    """Whether an average pool has windows that reach over the edge, where it counts zeros or fewer pixels."""
+    """Whether an average pool has windows over the edge that it does not divide by the pixels they really hold."""
     if not call.target.startswith("aten.avg_pool"):
         return False
-    padding, ceil_mode = call.args[3:5]
-    return bool(ceil_mode) or any(padding if isinstance(padding, list | tuple) else [padding])
+    padding, ceil_mode, count_padding, *divisor = call.args[3:]
+    over_edge = bool(ceil_mode) or any(padding if isinstance(padding, list | tuple) else [padding])
+    return over_edge and (bool(count_padding) or divisor not in ([], [None]))
 
 
 def pad(low: Lowering, call: Call) -> Made:

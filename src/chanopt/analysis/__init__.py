@@ -1,0 +1,1 @@
+"""What is known about channels: demand, constants, labels, segments, figures; each computed from a program alone."""
