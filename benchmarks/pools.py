@@ -31,17 +31,22 @@ def channels_last(pool: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
     return lambda x: pool(x.clone(memory_format=torch.channels_last)).clone(memory_format=torch.contiguous_format)
 
 
-def ratio(pool: Callable[[Tensor], Tensor], x: Tensor, rounds: int = 30) -> float:
-    """Median over rounds of the time over a channels-last copy by the time as it comes."""
+def ratio(one: Callable[[], object], other: Callable[[], object], rounds: int = 30) -> float:
+    """Median over rounds of the time of the other by the time of the one."""
     ratios: list[float] = []
     for _ in range(rounds):
         spent: list[float] = []
-        for form in (pool, channels_last(pool)):
+        for form in (one, other):
             start = time.perf_counter()
-            form(x)
+            form()
             spent.append(time.perf_counter() - start)
         ratios.append(spent[1] / spent[0])
     return statistics.median(ratios)
+
+
+def copies(pool: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """The time over channels-last copies by the time as it comes."""
+    return ratio(lambda: pool(x), lambda: channels_last(pool)(x))
 
 
 def main() -> None:
@@ -53,8 +58,8 @@ def main() -> None:
         for shape, window, stride, padding in SHAPES:
             for dtype in (torch.float32, torch.float64):
                 x = torch.randn(shape, dtype=dtype)
-                maximum = ratio(lambda x, w=window, s=stride, p=padding: functional.max_pool2d(x, w, s, p), x)
-                average = ratio(lambda x, w=window, s=stride, p=padding: functional.avg_pool2d(x, w, s, p), x)
+                maximum = copies(lambda x, w=window, s=stride, p=padding: functional.max_pool2d(x, w, s, p), x)
+                average = copies(lambda x, w=window, s=stride, p=padding: functional.avg_pool2d(x, w, s, p), x)
                 size = "x".join(map(str, shape))
                 print(f"{size:>18} {window:>6} {str(dtype)[6:]:>8} {maximum:>6.2f} {average:>8.2f}")
 

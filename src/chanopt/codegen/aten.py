@@ -260,13 +260,29 @@ class _Emitter:
         index = self.register(
             name, torch.from_numpy(physical.positions.array.copy()), buffer=True, key=physical.positions
         )
-        node, axis = self.nodes[value], self.axis(value)
-        if not (self.program.channels_last and len(self.program.values[value].shape) == 4 and axis == 1):
-            return self.graph.call_function(aten.index_select.default, (node, axis, index))
-        # index_select on a channels-last tensor is slow and returns NCHW; on its NHWC view it is neither
-        last = self.graph.call_function(aten.permute.default, (node, [0, 2, 3, 1]))
-        taken = self.graph.call_function(aten.index_select.default, (last, 3, index))
-        return self.graph.call_function(aten.permute.default, (taken, [0, 3, 1, 2]))
+        node, axis, rank = self.nodes[value], self.axis(value), len(self.program.values[value].shape)
+        if self.program.channels_last and rank == 4 and axis == 1:
+            last = self.graph.call_function(aten.permute.default, (node, [0, 2, 3, 1]))
+            sizes = [self.size(value, 2), self.size(value, 3)]
+            return self.graph.call_function(aten.permute.default, (self.pick(last, sizes, index), [0, 3, 1, 2]))
+        if rank > 2 and axis == rank - 1:
+            return self.pick(node, [self.size(value, other) for other in range(1, axis)], index)
+        return self.graph.call_function(aten.index_select.default, (node, axis, index))
+
+    def pick(self, node: fx.Node, sizes: list[int | fx.Node], index: fx.Node) -> fx.Node:
+        """Channels of a tensor that has them on its last axis, behind the batch and the given sizes.
+
+        On a CPU index_select on the last of two axes is as fast as a copy, and on the last of more many times slower
+        (benchmarks/reads.py).
+        """
+        rows = self.graph.call_function(aten.flatten.using_ints, (node, 0, len(sizes)))
+        taken = self.graph.call_function(aten.index_select.default, (rows, 1, index))
+        return self.graph.call_function(aten.unflatten.int, (taken, 0, [-1, *sizes]))
+
+    def size(self, value: str, axis: int) -> int | fx.Node:
+        """A size of a value: a number, or a node where it is only known at run time."""
+        size = self.program.values[value].shape[axis]
+        return size if isinstance(size, int) else self.graph.call_function(aten.sym_size.int, (self.nodes[value], axis))
 
     def axis(self, value: str) -> int:
         axis = self.program.values[value].axis
