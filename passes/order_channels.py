@@ -69,9 +69,7 @@ class OrderChannels(Pass):
     def apply(self, program: Program) -> PassResult:
         """Solve every segment, then lay out every value."""
         graph = OrderGraph.build(program, demand(program), label(program))
-        solved = tuple(
-            Ordered(segment, solve(segment.instance, time_limit=self.time_limit)) for segment in graph.segments()
-        )
+        solved = tuple(self._solved(segment) for segment in graph.segments())
         layouts = _Layouts(graph, solved).run()
         changed = {
             name: replace(program.values[name], layout=layout)
@@ -80,6 +78,17 @@ class OrderChannels(Pass):
         }
         after = program.evolve(values=changed) if changed else program
         return PassResult(after, after is not program, notes={SEGMENTS: solved})
+
+    def _solved(self, segment: Segment) -> Ordered:
+        """The better of the program and the wider one; what no order of either beats is the bound."""
+        solution = solve(segment.instance, time_limit=self.time_limit)
+        if segment.wider is None or solution.objective == 0:
+            return Ordered(segment, solution)
+        other = solve(segment.wider, time_limit=self.time_limit)
+        best, bound = min(solution.objective, other.objective), min(solution.bound, other.bound)
+        chosen = solution if solution.objective == best else other
+        taken = segment if chosen is solution else replace(segment, instance=segment.wider)
+        return Ordered(taken, replace(chosen, bound=bound, optimal=bound >= best))
 
 
 class _Layouts:

@@ -248,3 +248,30 @@ def test_means_the_same(mode: Any) -> None:
         assert_rewrites(OrderChannels(), net, inputs, before=BEFORE, allow_constant=True)
     else:
         assert_leaves(OrderChannels(), net, inputs, before=BEFORE)
+
+
+def concats_behind_a_pool(*sets: list[int]) -> Any:
+    """A concat of three blocks of four, a pool of it and four more channels in a second concat, and its readers."""
+
+    def body(n: Net, x: Tensor) -> tuple[Tensor, ...]:
+        first = torch.cat([n.p0(x), n.p1(x), n.p2(x)], 1)
+        second = torch.cat([nn.functional.max_pool2d(first, 2), n.q(x)], 1)
+        return (n.r(first), *(n.get_submodule(f"t{i}")(second) for i in range(len(sets))))
+
+    layers = {f"p{i}": conv(3, 4) for i in range(3)} | {f"t{i}": conv(16, 3) for i in range(len(sets))}
+    net: Any = randomise(Net(body, **layers, q=nn.Conv2d(3, 4, 2, stride=2), r=conv(12, 3))).eval()
+    for number, kept in enumerate(sets):
+        kill(net.get_submodule(f"t{number}"), inputs=[c for c in range(16) if c not in kept])
+    return net
+
+
+def test_case_2_an_operand_of_a_concat_brings_channels_that_nobody_reads_rather_than_be_gathered() -> None:
+    """Of every block of the first concat a channel is unread behind the second: the parts in between are no range."""
+    net = concats_behind_a_pool([2, 5, 7, 9, 13, 14], [4, 7, 8, 9, 12, 15], [0, 5, 9, 11, 12, 14])
+    result = assert_rewrites(OrderChannels(), net, image(), before=BEFORE)
+    (ordered,) = [o for o in result.notes[SEGMENTS] if len(o.segment.nodes) > 1]
+    assert ordered.segment.instance == ordered.segment.wider
+    size = next(v.channel_bytes for v in result.program.values.values() if v.name == "max_pool2d")
+    paid = ordered.solution.objective
+    assert (paid, ordered.solution.bound, ordered.solution.optimal) == (18 * size, 18 * size, True)
+    assert figures(result.program).copied_bytes == paid

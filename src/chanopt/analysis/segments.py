@@ -12,7 +12,7 @@ first, so that an instance has a node per place where a choice exists:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 import numpy as np
@@ -76,6 +76,8 @@ class Segment:
     Attributes:
         name: the first producer's layer.
         instance: the program, in local labels 0 .. n - 1.
+        wider: the program in which an operand of a concat may bring channels that nobody reads behind it, so that
+            blocks do not cross; None where none do.
         labels: the label of each local one.
         nodes: the node of each value of the instance.
         places: per reader and edge name, the read that gathers if it pays.
@@ -86,6 +88,7 @@ class Segment:
 
     name: str
     instance: Instance
+    wider: Instance | None
     labels: Labels
     nodes: tuple[str, ...]
     places: Mapping[str, Place]
@@ -371,7 +374,28 @@ class OrderGraph:
         consumers = dict.fromkeys(wish.name for node in nodes for wish in self.wishes[node])
         name = next(iter(producers), makers[nodes[0]].label())
         size = self.program.values[nodes[0]].channel_bytes
-        return Segment(name, instance, labels, tuple(nodes), places, tuple(producers), tuple(consumers), size)
+        nodes_, producers_, consumers_ = tuple(nodes), tuple(producers), tuple(consumers)
+        return Segment(name, instance, _wider(instance), labels, nodes_, places, producers_, consumers_, size)
+
+
+def _wider(instance: Instance) -> Instance | None:
+    """The instance with every block grown by the blocks of other values that it crosses; None if nothing grows.
+
+    A block is what one operand brings to a concat. Where it is a part of several blocks of the value it comes from,
+    no shared order makes all of them ranges; bringing those blocks whole copies nothing and leaves the order shared.
+    """
+    blocks = tuple(_grown(block, instance.blocks) for block in instance.blocks)
+    return replace(instance, blocks=blocks) if blocks != instance.blocks else None
+
+
+def _grown(block: Block, blocks: tuple[Block, ...]) -> Block:
+    grown, others = set(block.set), [set(other.set) for other in blocks if other.value != block.value]
+    while crossed := next(
+        (other for other in others if grown & other and not (other <= grown or grown <= other)), None
+    ):
+        grown |= crossed
+    beside = [other.set for other in blocks if other.value == block.value and other is not block]
+    return block if any(grown.intersection(other) for other in beside) else replace(block, set=tuple(grown))
 
 
 def _disjoint(sets: list[Labels]) -> bool:
