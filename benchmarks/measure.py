@@ -32,6 +32,7 @@ class Row:
         status: "ok", or "error" if anything but the peer raised; `exception` then says what.
         error64, error64_batch, error32: greatest relative difference to the masked network's outputs on fresh
             inputs, in float64, in float64 at another batch size, in float32.
+        unexplained: layers of which the report does not say who reads the channels they keep.
         own_error32: the masked network's own difference between float32 and float64 on the same inputs.
         parameters_dense: all parameters of the network; `parameters` those of chanopt's result;
             `upscale_parameters` those of UPSCALE's result that take part (it leaves auxiliary heads in).
@@ -63,6 +64,7 @@ class Row:
     segments_optimal: int | None = None
     refusals: int | None = None
     first_refusals: str = ""
+    unexplained: int | None = None
     upscale_status: str = ""
     upscale_seconds: float | None = None
     upscale_parameters: int | None = None
@@ -180,6 +182,7 @@ def figures(report: Any, *, itemsize: int) -> dict[str, Any]:
         "segments_optimal": sum(bool(segment.optimal) for segment in report.segments),
         "refusals": len(refusals),
         "first_refusals": " | ".join(refusals[:_REFUSALS_SHOWN]),
+        "unexplained": sum(not layer.kept for layer in report.layers),
     }
 
 
@@ -221,8 +224,8 @@ def violations(row: Row) -> list[str]:
     ]
     if (row.segments_optimal or 0) < (row.segments or 0):
         found.append(f"only {row.segments_optimal} of {row.segments} segments proven optimal")
-    if (row.parameters or 0) >= (row.parameters_dense or 0) and not row.refusals:
-        found.append("not slimmed, and no refusal says why")
+    if (row.parameters or 0) >= (row.parameters_dense or 0) and not row.refusals and row.unexplained != 0:
+        found.append("not slimmed, and neither a refusal nor who reads the channels says why")
     return found + _against_upscale(row)
 
 

@@ -58,7 +58,7 @@ def test_a_row_within_all_bounds_has_no_violations() -> None:
         ({"error64_batch": float("inf")}, "error64_batch inf over 1e-10"),
         ({"error32": float("nan")}, "error32 nan over 1e-04"),
         ({"segments_optimal": 2}, "only 2 of 3 segments proven optimal"),
-        ({"parameters": 1000, "upscale_status": "KeyError"}, "not slimmed, and no refusal says why"),
+        ({"parameters": 1000, "upscale_status": "KeyError"}, "not slimmed, and neither a refusal nor who reads the channels says why"),
         ({"copied_bytes": 8193}, "copies 8,193 bytes, UPSCALE 8,192"),
         ({"copied_bytes": 8192, "gathered_channels": 21}, "gathers 21 channels at equal bytes, UPSCALE 20"),
         ({"parameters": 501}, "keeps 501 parameters, UPSCALE 500"),
@@ -97,6 +97,7 @@ def report() -> SimpleNamespace:
         gathered_channels=10,
         copied_bytes=8192,
         segments=[SimpleNamespace(optimal=True), SimpleNamespace(optimal=False)],
+        layers=[SimpleNamespace(kept={"read by b": "0:4"}), SimpleNamespace(kept={})],
         refusals=["aten.foo\n  at line 3", "b", "c", "d"],
     )
 
@@ -106,6 +107,7 @@ def test_figures_restate_bytes_for_float32_and_show_the_first_refusals() -> None
     assert figures["copied_bytes"] == 4096
     assert (figures["segments"], figures["segments_optimal"]) == (2, 1)
     assert (figures["refusals"], figures["first_refusals"]) == (4, "aten.foo at line 3 | b | c")
+    assert figures["unexplained"] == 1
 
 
 def test_a_network_is_measured_in_both_precisions_and_beside_upscale(monkeypatch: pytest.MonkeyPatch) -> None:

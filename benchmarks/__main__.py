@@ -1,0 +1,72 @@
+"""`python -m benchmarks`: where chanopt stands against what a user could pick instead.
+
+python -m benchmarks                 # everything that docs/results.md shows, within an hour on two idle cores
+python -m benchmarks --smoke         # a cut of every part, within three minutes
+python -m benchmarks COMMAND ...     # one part; --help tells its arguments
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+COMMANDS = {
+    "all": "everything, then the page and docs/results.md (the default)",
+    "run": "models x masks x arms: latency, memory, copies, multiplications",
+    "survey": "the survey of UPSCALE's exporter again, with chanopt beside it",
+    "solver": "orders of channels: our optimum, the greedy order, the natural one",
+    "scale": "time and memory of compiling, against depth and width",
+    "gate": "counts of the zoo against the committed ones",
+    "docs": "write docs/results.md from the committed JSON",
+    "page": "write one HTML page with plots from the committed JSON",
+}
+_OTHERS = {"sweep": "benchmarks.sweep", "speed": "benchmarks.speed"}
+"""Commands with a grammar of their own."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in _OTHERS:
+        return importlib.import_module(_OTHERS[words[0]]).main(words[1:])
+    if words and words[0] in COMMANDS:
+        name, *words = words
+    elif not words or words[0] not in ("-h", "--help"):
+        name = "all"
+    else:
+        print(_help())
+        return 0
+    module = importlib.import_module("benchmarks.everything" if name == "all" else f"benchmarks.{name}")
+    return module.main(parser(name, module).parse_args(words))
+
+
+def parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
+    """The command line of one command."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(made)
+    _common(made, getattr(module, "OUT", None))
+    return made
+
+
+def _help() -> str:
+    others = {name: f"see python -m benchmarks {name} --help" for name in _OTHERS}
+    return f"{__doc__}\n" + "\n".join(f"    {name:8} {told}" for name, told in {**COMMANDS, **others}.items())
+
+
+def _common(sub: argparse.ArgumentParser, out: Path | None) -> None:
+    sub.add_argument("--out", type=Path, default=out, help=f"default: {out}")
+    sub.add_argument("--jobs", type=int, default=2, help="processes at a time, for what is not timed (default: 2)")
+    sub.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="for one process")
+    sub.add_argument("--resume", action="store_true", help="keep what was measured without a crash")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

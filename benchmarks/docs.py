@@ -1,0 +1,376 @@
+"""Write docs/results.md from the committed JSON, and nothing else: the page says what was measured, bad rows too.
+
+    python -m benchmarks docs
+    python -m benchmarks docs --results FOLDER --out FILE
+
+Parts that were not measured say by which command they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gate, jobs, run, scale, solver, survey
+from benchmarks.cases import Record
+
+OUT = jobs.ROOT / "docs" / "results.md"
+
+Row = Mapping[str, Any]
+Rows = Sequence[Row]
+
+HEADING = """# Results
+
+Written by `python -m benchmarks docs` from the JSON in [benchmarks/results](../benchmarks/results); do not edit.
+`python -m benchmarks` measures everything on this page again and writes it; `python -m benchmarks page` makes one
+HTML page with plots of the same figures. The masks are written into seeded random weights (no pretrained weights):
+every ungrouped convolution loses the share of its input channels (or output channels, with their biases) that has
+the least Euclidean norm, whatever its neighbours lose."""
+
+
+def load(folder: Path, name: str) -> Any:
+    """What a command left in a folder; None if it was not run."""
+    path = folder / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right.
+
+    >>> print(table(["a", "b"], [["x", 1]]))
+    | a | b |
+    | :-- | --: |
+    | x | 1 |
+    """
+    rule = [":--"] + ["--:"] * (len(heads) - 1)
+    body = [[str(cell) for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(heads), rule, *body])
+
+
+def markdown(folder: Path) -> str:
+    """The whole page."""
+    parts: list[tuple[str, str, Callable[[Any], list[str]], str]] = [
+        ("Copies, against UPSCALE", survey.OUT.name, copies_part, "survey"),
+        ("Speed on a CPU", run.OUT.name, speed_part, "run"),
+        ("Orders of channels", solver.OUT.name, solver_part, "solver"),
+        ("Compile time and memory", scale.OUT.name, scale_part, "scale"),
+        ("Counts that are gated", gate.GOLDENS.name, gate_part, "gate --all --update"),
+    ]
+    page = [HEADING]
+    for heading, name, write, command in parts:
+        found = load(folder, name)
+        page.append(f"## {heading}")
+        page += write(found) if found else [f"Not measured yet: `python -m benchmarks {command}`."]
+    page.append("## Correctness")
+    page += sweep_part(folder / "sweep.csv")
+    return "\n\n".join(page).replace("\n\n- ", "\n- ") + "\n"
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+
+def copies_part(rows: Rows) -> list[str]:
+    """The survey: totals, every network at half of its input channels, and the rows that are not right."""
+    sizes = {row["resolution"] for row in rows}
+    told = "at each network's own resolution" if max(sizes) >= 224 else "at the least resolution of each network"
+    wrong = [(row, found) for row in rows if (found := survey.differences(row))]
+    half = [row for row in rows if row["side"] == "input" and row["amount"] == 0.5]
+    return [
+        f"One image in float32, {told}. *naive* gathers in front of every masked layer; *greedy* is UPSCALE's order as "
+        "we implement it, *UPSCALE* the exporter itself (a dash: it raises). Sums are over the networks that UPSCALE "
+        "runs, in megabytes; *fewer*, *as many* and *more* compare chanopt's bytes with the greedy order's.",
+        table(_COPY_HEADS, [_copy_totals(rows, *setting) for setting in _settings(rows)]),
+        "Every network with half of the input channels of each layer masked:",
+        table(NETWORK_HEADS, map(network_line, half)),
+        "Rows that differ from the survey of UPSCALE's exporter, or in which chanopt copies more than another:",
+        *([f"- {_setting(row)}: {'; '.join(found)}" for row, found in wrong] or ["None."]),
+    ]
+
+
+_COPY_HEADS = (
+    *("masks", "networks", "chanopt runs", "UPSCALE runs", "naive", "greedy", "chanopt", "of greedy"),
+    *("fewer", "as many", "more", "proven"),
+)
+NETWORK_HEADS = (
+    *("network", "copies naive", "greedy", "UPSCALE", "chanopt"),
+    *("MB naive", "greedy", "chanopt", "optimise, s", "UPSCALE, s"),
+)
+"""The columns of `network_line`."""
+DOING_HEADS = (
+    *("network", "arm", "copies", "MB copied", "MMACs dense", "exact", "Flux"),
+    *("parameters, M", "peak MB", "make, s", "error"),
+)
+"""The columns of `doing`."""
+
+
+def _settings(rows: Rows) -> list[tuple[str, float]]:
+    return sorted({(row["side"], row["amount"]) for row in rows})
+
+
+def _setting(row: Row) -> str:
+    return f"{row['model']}, {row['side']} {row['amount']:.0%}"
+
+
+def upscale_runs(row: Row) -> bool:
+    """Whether UPSCALE runs, as seen here, or else as its survey says."""
+    if "upscale" in row:
+        return row["upscale"] is not None
+    known = survey.published().get((row["model"], row["side"], row["amount"]))
+    return known is not None and known.greedy is not None
+
+
+def _copy_totals(rows: Rows, side: str, amount: float) -> list[str]:
+    part = [row for row in rows if (row["side"], row["amount"]) == (side, amount)]
+    both = [row for row in part if upscale_runs(row) and row.get("chanopt") and row.get("greedy")]
+    sums = {arm: sum(row[arm]["bytes"] for row in both) for arm in ("naive", "greedy", "chanopt")}
+    signs = [_sign(row["chanopt"]["bytes"] - row["greedy"]["bytes"]) for row in both]
+    proven = [sum(row.get(name, 0) for row in part) for name in ("segments_optimal", "segments")]
+    return [
+        f"{side} {amount:.0%}",
+        str(len(part)),
+        str(sum(bool(row.get("chanopt")) for row in part)),
+        str(sum(map(upscale_runs, part))),
+        *(_mega(sums[arm]) for arm in ("naive", "greedy", "chanopt")),
+        f"{sums['chanopt'] / sums['greedy']:.2f}" if sums["greedy"] else "-",
+        *(str(signs.count(sign)) for sign in (-1, 0, 1)),
+        f"{proven[0]:,} / {proven[1]:,}",
+    ]
+
+
+def _sign(number: float) -> int:
+    return (number > 0) - (number < 0)
+
+
+def network_line(row: Row) -> list[str]:
+    """A row of the survey as cells."""
+
+    def of(arm: str, what: str) -> Any:
+        return row[arm][what] if row.get(arm) else None
+
+    return [
+        str(row["model"]),
+        *(_count(of(arm, "copies")) for arm in ("naive", "greedy", "upscale", "chanopt")),
+        *(_mega(of(arm, "bytes")) for arm in ("naive", "greedy", "chanopt")),
+        _number(row.get("optimize_seconds")),
+        _number(row.get("upscale_seconds")),
+    ]
+
+
+# -- speed ------------------------------------------------------------------------------------------------------------
+
+
+def speed_part(rows: Rows) -> list[str]:
+    """Latencies, ratios, and whether the copies seen are those planned."""
+    records = [Record.of(row) for row in rows]
+    parts: list[str] = [_machine(records[0].machine)]
+    cases: dict[str, list[Record]] = {}
+    for record in records:
+        cases.setdefault(conditions_of(record), []).append(record)
+    for conditions, part in cases.items():
+        parts += [f"### {conditions}", _latencies(part), *_verdicts(part)]
+    return [*parts, "### What the arms do", _doings(records), *_agreement(records)]
+
+
+def _machine(machine: Mapping[str, str]) -> str:
+    return "Measured on: " + ", ".join(f"{name} {value}" for name, value in machine.items() if name != "node") + "."
+
+
+def conditions_of(record: Record) -> str:
+    """How a record was run, but for the network, in words."""
+    case = record.case
+    return f"{case.mode}, batch {case.batch}, {case.layout}, {case.dtype}, {case.device}, masks: {case.mask}"
+
+
+def _latencies(records: Sequence[Record]) -> str:
+    arms = list(dict.fromkeys(record.arm for record in records))
+    by_model: dict[str, dict[str, Record]] = {}
+    for record in records:
+        by_model.setdefault(record.case.model, {})[record.arm] = record
+    heads = ["network", *(f"{arm}, ms" for arm in arms), *(f"chanopt / {arm}" for arm in arms if arm != "chanopt")]
+    return table(heads, (_latency_line(model, found, arms) for model, found in by_model.items()))
+
+
+def _latency_line(model: str, found: Mapping[str, Record], arms: Sequence[str]) -> list[str]:
+    ours = found["chanopt"].ratios if "chanopt" in found else {}
+    times = [_spread(found[arm].latency_ms if arm in found else None, 1) for arm in arms]
+    return [model, *times, *(_spread(ours.get(arm), 2) for arm in arms if arm != "chanopt")]
+
+
+def _spread(quartiles: Sequence[float] | None, digits: int) -> str:
+    if quartiles is None:
+        return "-"
+    low, median, high = (f"{value:.{digits}f}" for value in quartiles)
+    return f"{median} [{low}, {high}]"
+
+
+def _verdicts(records: Sequence[Record]) -> list[str]:
+    ours = [record for record in records if record.arm == "chanopt" and record.ratios]
+    lines: list[str] = []
+    for arm in dict.fromkeys(other for record in ours for other in record.ratios):
+        medians = {record.case.model: record.ratios[arm][1] for record in ours if arm in record.ratios}
+        slower = [model for model, median in medians.items() if median > 1]
+        mean = statistics.geometric_mean(medians.values())
+        lines.append(f"- against {arm}: geometric mean {mean:.3f}; slower on {', '.join(slower) or 'none'}")
+    lost = [f"- {r.case.model}, {r.arm}: {r.exception}" for r in records if r.status != "ok"]
+    return ["Medians with quartiles in brackets; ratios within a round, below 1: chanopt is faster.", *lines, *lost]
+
+
+def _doings(records: Sequence[Record]) -> str:
+    return table(DOING_HEADS, (doing(record) for record in records if record.status == "ok"))
+
+
+def doing(record: Record) -> list[str]:
+    """What an arm does, as cells."""
+    planned, macs = record.planned or {}, record.macs or {}
+    return [
+        record.case.model,
+        record.arm,
+        _count(planned.get("copies")),
+        _mega(planned.get("bytes")),
+        *(_number(macs.get(name), 1, 1e-6) for name in ("dense", "exact", "flux")),
+        _number(record.parameters, 2, 1e-6),
+        _mega(record.peak_bytes),
+        _number(record.seconds.get("make")),
+        "-" if record.error is None else f"{record.error:.0e}",
+    ]
+
+
+def _agreement(records: Sequence[Record]) -> list[str]:
+    seen = [record for record in records if record.agree is not None]
+    wrong = [f"- {record.case}, {record.arm}: {told}" for record in seen if (told := run.differences(record))]
+    return [
+        f"The copies that the operators made were those planned in {len(seen) - len(wrong)} of {len(seen)} runs, seen "
+        "by a dispatch mode and by torch's profiler.",
+        *wrong,
+    ]
+
+
+# -- solver, scale, gate, sweep ---------------------------------------------------------------------------------------
+
+
+def solver_part(rows: Rows) -> list[str]:
+    """The objective of the three orders by family and size."""
+    groups: dict[tuple[str, int, int], list[Row]] = {}
+    for row in rows:
+        named = row["family"] == "corpus"
+        key = (row["family"], 0 if named else row["channels"], 0 if named else row["readers"])
+        groups.setdefault(key, []).append(row)
+    heads = ["family", "channels x readers", "instances", "proven", "worst gap", "greedy / ours", "natural / ours"]
+    wrong = [told for row in rows if (told := solver.differences(row))]
+    return [
+        "What the permutation program pays (bytes gathered) in our order, the greedy one and the natural one: sums "
+        "over the instances where all three are orders. The corpus is of random instances and of the zoo's segments "
+        "([benchmarks/corpus](../benchmarks/corpus)); random families are described in "
+        "[solver.py](../benchmarks/solver.py).",
+        table([*heads, "median s", "worst s"], (_solver_line(key, part) for key, part in groups.items())),
+        *([f"- {told}" for told in wrong] or ["No other order was better, and every stored optimum was met."]),
+    ]
+
+
+def _solver_line(key: tuple[str, int, int], rows: Rows) -> list[str]:
+    family, channels, readers = key
+    seconds = [row["seconds"] for row in rows]
+    return [
+        family,
+        f"{channels} x {readers}" if channels else "all",
+        str(len(rows)),
+        str(sum(row["optimal"] for row in rows)),
+        f"{max(row['gap'] for row in rows):.1%}",
+        *(_times(rows, other) for other in ("greedy", "natural")),
+        f"{statistics.median(seconds):.3f}",
+        f"{max(seconds):.3f}",
+    ]
+
+
+def _times(rows: Rows, other: str) -> str:
+    pairs = [(row[other], row["objective"]) for row in rows if row[other] is not None]
+    ours = sum(own for _, own in pairs)
+    return f"{sum(theirs for theirs, _ in pairs) / ours:.2f}" if ours else "-"
+
+
+def scale_part(rows: Rows) -> list[str]:
+    """Seconds and memory by size, and the slopes."""
+    heads = ["network", "ops", "parameters, M", "segments", "capture, s", "solver, s", "everything else, s", "MB"]
+    lines = [
+        [
+            f"{row['family']} {row['size']}",
+            _count(row["ops"]),
+            _number(row["parameters"], 2, 1e-6),
+            _count(row["segments"]),
+            *(_number(row[stage]) for stage in ("capture", "solver", "rest")),
+            _mega(row["memory"]),
+        ]
+        for row in rows
+    ]
+    slopes = [
+        f"- {family}: " + ", ".join(f"{stage} {value:.2f}" for stage, value in stages.items() if value is not None)
+        for family, stages in scale.slopes(rows).items()
+    ]
+    return [
+        table(heads, lines),
+        "Slopes of log time against log ops (against log channels for the wide nets; 1 is linear):",
+        *slopes,
+    ]
+
+
+def gate_part(rows: Mapping[str, Row]) -> list[str]:
+    """How many rows are gated, and their totals."""
+    totals = {count: sum(row[count] for row in rows.values()) for count in gate.COUNTS}
+    return [
+        f"{len(rows)} rows, at the least resolution of each network: {totals['segments_optimal']:,} of "
+        f"{totals['segments']:,} segments proven optimal, {totals['copies']:,} copies of "
+        f"{_mega(totals['copied_bytes'])} MB, {_number(totals['macs'], 1, 1e-9)} of "
+        f"{_number(totals['macs_dense'], 1, 1e-9)} GMACs and {_number(totals['parameters'], 1, 1e-6)} of "
+        f"{_number(totals['parameters_dense'], 1, 1e-6)} M parameters stay. CI fails if a count of the smoke cut "
+        "differs."
+    ]
+
+
+def sweep_part(path: Path) -> list[str]:
+    """How many rows of the correctness sweep are in bounds."""
+    if not path.exists():
+        return ["Not measured yet: `python -m benchmarks sweep`."]
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    broken = [row for row in rows if row["violations"]]
+    return [
+        f"{len(rows) - len(broken)} of {len(rows)} rows in bounds ({len({row['model'] for row in rows})} networks; "
+        "[sweep.md](../benchmarks/results/sweep.md) has them all). Out of bounds:",
+        *(
+            [f"- {row['model']}, {row['side']} {float(row['amount']):.0%}: {row['violations']}" for row in broken]
+            or ["None."]
+        ),
+    ]
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _number(value: float | None, digits: int = 2, scale: float = 1.0) -> str:
+    return "-" if value is None else f"{value * scale:,.{digits}f}"
+
+
+def _count(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def _mega(value: float | None) -> str:
+    return _number(value, 2, 1e-6)
+
+
+def add_arguments(made: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    made.add_argument("--results", type=Path, default=jobs.RESULTS, help="where the JSON is")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the page; returns 0."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(markdown(args.results))
+    print(args.out)
+    return 0

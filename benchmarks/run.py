@@ -1,0 +1,222 @@
+"""Models x masks x arms: latency, memory, copies by plan and as observed, multiplications, error.
+
+    python -m benchmarks run                                              # eight networks, every arm
+    python -m benchmarks run --models resnet50 --amounts 0.3 0.5 0.7 --modes eager inductor
+    python -m benchmarks run --batches 1 8 --layouts contiguous channels_last --devices cuda --dtypes float16
+
+The arms of a case are called in turn, round by round, so that what else the machine does falls on all of them
+alike; ratios are taken within a round. Each case has a process of its own. One JSON object an arm, all of one
+schema (`benchmarks.cases.Record`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import cases, jobs, observe, speed, zoo
+from benchmarks.arms import ARMS, SAME_MASKS, Arm, ArmError, Subject, build
+from benchmarks.cases import Case, Mask, Record
+from benchmarks.measure import describe, relative_error
+
+OUT = jobs.RESULTS / "run.json"
+
+
+def run(case: Case, arms: Sequence[str], rounds: int) -> Iterator[Record]:
+    """The records of one case, one an arm, in the order of `arms`; an arm that cannot be made says why.
+
+    Raises:
+        KeyError: there is no such network or arm.
+        ValueError: the mask's amount is outside [0, 1).
+    """
+    torch.set_num_threads(case.threads)
+    on = machine(case)
+    masked, original = cases.networks(case)
+    inputs = cases.inputs(case)
+    subject = Subject(masked, inputs, original)
+    made: dict[str, Arm] = {}
+    known: dict[str, Record] = {}
+    for name in arms:
+        record = Record(case, name, on)
+        try:
+            made[name] = build(name, subject)
+            known[name] = _looked_at(record, made[name], subject, case)
+        except ArmError as error:
+            known[name] = replace(record, status="error", exception=describe(error))
+    runnable = {name: _compiled(arm.module, case) for name, arm in made.items()}
+    taken = time_arms(runnable, inputs, rounds, case.device) if runnable else {}
+    for name in arms:
+        yield _timed(known[name], name, taken, rounds) if name in taken else known[name]
+
+
+def machine(case: Case) -> dict[str, str]:
+    """What a record was measured on."""
+    on = speed.machine() | {"node": platform.node()}
+    if case.device == "cuda":
+        on |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    return on
+
+
+def _looked_at(record: Record, arm: Arm, subject: Subject, case: Case) -> Record:
+    """A record with all that one eager run tells."""
+    seen = observe.observe(arm.module, subject.inputs)
+    seconds = {"capture": subject.capture_seconds, "make": arm.seconds}
+    error = None
+    if arm.name in SAME_MASKS:
+        error = relative_error(subject.model, arm.module, cases.inputs(case, seed=11))
+    parameters = {id(p): p for p in arm.module.parameters()}.values()
+    itemsize = getattr(torch, case.dtype).itemsize
+    return replace(
+        record,
+        same_function=arm.same_function,
+        planned=asdict(arm.planned),
+        observed=asdict(seen.copies),
+        # UPSCALE's default copies by concatenation, which cannot be told from the network's own.
+        agree=None if arm.name == "upscale_runs" else seen.copies == arm.planned,
+        profiled=asdict(observe.profiled(arm.module, subject.inputs, itemsize)),
+        relayouts=(seen.relayouts, seen.relayout_bytes),
+        concats=(seen.concats, seen.concat_bytes),
+        macs=asdict(seen.macs),
+        parameters=sum(p.numel() for p in parameters),
+        parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        peak_bytes=_cuda_peak(arm.module, subject.inputs) if case.device == "cuda" else seen.peak_bytes,
+        seconds={stage: spent for stage, spent in seconds.items() if spent is not None},
+        figures=dict(arm.figures),
+        error=error,
+    )
+
+
+@torch.no_grad()
+def _cuda_peak(module: nn.Module, inputs: tuple[Any, ...]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    module(*inputs)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _compiled(module: nn.Module, case: Case) -> Any:
+    if case.mode == "eager":
+        return module
+    torch.compiler.reset()  # the arms of a network share code: its cache must not run out of entries
+    return torch.compile(module, dynamic=False)
+
+
+def time_arms(arms: Mapping[str, Any], inputs: tuple[Any, ...], rounds: int, device: str) -> dict[str, list[float]]:
+    """Milliseconds by arm, round by round (`benchmarks.speed.time_arms`); on CUDA a call ends with its result."""
+    if device != "cuda":
+        return speed.time_arms(dict(arms), inputs, rounds)
+
+    def waiting(arm: Any) -> Any:
+        def call(*args: Any) -> object:
+            result = arm(*args)
+            torch.cuda.synchronize()
+            return result
+
+        return call
+
+    return speed.time_arms({name: waiting(arm) for name, arm in arms.items()}, inputs, rounds)
+
+
+def _timed(record: Record, name: str, taken: Mapping[str, list[float]], rounds: int) -> Record:
+    spread = speed.Spread.of(taken[name])
+    ratios = {other: speed.ratio(taken[name], times) for other, times in taken.items() if other != name}
+    return replace(
+        record,
+        latency_ms=(spread.low, spread.median, spread.high),
+        ratios={other: (s.low, s.median, s.high) for other, s in ratios.items()},
+        rounds=rounds,
+    )
+
+
+def plan(args: argparse.Namespace) -> list[Case]:
+    """Every case that the arguments ask for."""
+    masks = itertools.product(args.criteria, args.amounts, args.sides, args.scopes, args.seeds)
+    chosen = [Mask(*words) for words in masks]
+    ways = list(itertools.product(args.modes, args.layouts, args.batches, args.dtypes, args.devices, args.threads))
+    return [
+        Case(name, mask, args.resolution or _resolution(name, args.small), *way)
+        for name in args.models
+        for mask in chosen
+        for way in ways
+    ]
+
+
+def _resolution(name: str, small: bool) -> int:
+    return zoo.entry(name).small if small else zoo.entry(name).resolution
+
+
+def job(case: Case, arms: Sequence[str], rounds: int) -> jobs.Job:
+    """The process of one case."""
+    words = ["--worker", json.dumps(asdict(case)), "--arms", *arms, "--rounds", str(rounds)]
+    return jobs.Job(f"{case}; {' '.join(arms)}; {rounds} rounds", ("benchmarks", "run", *words))
+
+
+def add_arguments(made: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
+    made.add_argument("--models", nargs="+", choices=zoo.ALL, metavar="NAME", default=speed.MODELS)
+    made.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    made.add_argument("--criteria", nargs="+", choices=cases.CRITERIA, default=["l2"])
+    made.add_argument("--amounts", nargs="+", type=float, default=[0.5])
+    made.add_argument("--sides", nargs="+", choices=["input", "output", "both"], default=["input"])
+    made.add_argument("--scopes", nargs="+", choices=cases.SCOPES, default=["local"])
+    made.add_argument("--seeds", nargs="+", type=int, default=[0])
+    made.add_argument("--modes", nargs="+", choices=cases.MODES, default=["eager"])
+    made.add_argument("--layouts", nargs="+", choices=cases.LAYOUTS, default=["contiguous"])
+    made.add_argument("--batches", nargs="+", type=int, default=[1])
+    made.add_argument("--dtypes", nargs="+", choices=cases.DTYPES, default=["float32"])
+    made.add_argument("--devices", nargs="+", choices=["cpu", "cuda"], default=["cpu"])
+    made.add_argument("--threads", nargs="+", type=int, default=[1])
+    made.add_argument("--resolution", type=int, help="image size in pixels (default: each network's own)")
+    made.add_argument("--small", action="store_true", help="the least resolution each network accepts")
+    made.add_argument("--rounds", type=int, default=20, help="timed calls of each arm, at least 2")
+    made.add_argument("--worker", metavar="CASE", help=argparse.SUPPRESS)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command; 1 if plan and observation disagree or something was lost."""
+    if args.worker:
+        for record in run(Case.of(json.loads(args.worker)), args.arms, args.rounds):
+            jobs.emit(record.to_dict())
+        return 0
+    todo = [job(case, args.arms, args.rounds) for case in plan(args)]
+    # One at a time, whatever --jobs says: these are timed.
+    lines = jobs.run(todo, args.out.with_suffix(".jsonl"), timeout=args.timeout, resume=args.resume, what="run")
+    return finish(lines, args.out)
+
+
+def finish(lines: Sequence[jobs.Line], out: Any) -> int:
+    """Write the records and print what is not right; returns the exit code."""
+    records = [Record.of(line) for line in lines if "case" in line]
+    jobs.write(out, [record.to_dict() for record in records])
+    wrong = [(record, told) for record in records if (told := differences(record))]
+    for record, told in wrong:
+        print(f"{record.case}, {record.arm}: {told}")
+    lost = [line for line in lines if "case" not in line]
+    for line in lost:
+        print(f"{line['job']}: {line['exception']}")
+    print(f"{len(records)} records, {len(wrong)} to look at, {len(lost)} lost; {out}")
+    return 1 if wrong or lost else 0
+
+
+def differences(record: Record) -> str:
+    """What is wrong with a record, in words; "" if nothing is. An arm that cannot be made is not."""
+    if record.status != "ok" or record.case.device != "cpu":
+        return ""
+    if record.agree is None:
+        return ""
+    if not record.agree:
+        return f"planned {record.planned}, observed {record.observed}"
+    seen = record.profiled or {}
+    if record.arm != "upscale" and seen.get("selections") != (record.observed or {}).get("copies"):
+        return f"observed {record.observed}, the profiler saw {record.profiled}"
+    return ""

@@ -1,0 +1,95 @@
+"""`python -m benchmarks`: which command a line means, and that the whole fits together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import everything, gate, jobs, run, scale, solver, speed, survey
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    seen: list[Any] = []
+
+    def main(module: ModuleType) -> Any:
+        return lambda args: seen.append((module.__name__.rpartition(".")[2], args)) or 3
+
+    for module in (everything, gate, run, scale, solver, survey):
+        monkeypatch.setattr(module, "main", main(module))
+    monkeypatch.setattr(speed, "main", lambda words: seen.append(("speed", words)) or 4)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "everything"),
+        (["--smoke"], "everything"),
+        (["all", "--smoke"], "everything"),
+        (["survey", "--small"], "survey"),
+        (["solver", "--sizes", "64x8"], "solver"),
+        (["gate", "--all"], "gate"),
+    ],
+)
+def test_a_line_means_a_command(words: list[str], name: str, called: list[Any]) -> None:
+    assert command.main(words) == 3
+    assert [found for found, _ in called] == [name]
+
+
+def test_older_commands_keep_their_own_grammar(called: list[Any]) -> None:
+    assert command.main(["speed", "--models", "resnet18"]) == 4
+    assert called == [("speed", ["--models", "resnet18"])]
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"    {name} " in printed for name in (*command.COMMANDS, "sweep", "speed"))
+    with pytest.raises(SystemExit):
+        command.main(["survey", "--help"])
+    assert "--no-peer" in capsys.readouterr().out
+
+
+def test_the_whole_and_the_smoke_form_have_every_part() -> None:
+    for smoke in (True, False):
+        parts = [
+            everything.speed_jobs(smoke=smoke),
+            everything.survey_jobs(smoke=smoke),
+            everything.solver_jobs(smoke=smoke),
+            everything.scale_jobs(smoke=smoke),
+            everything.gate_jobs(smoke=smoke),
+        ]
+        assert all(parts)
+        keys = [job.key for part in parts for job in part]
+        assert len(keys) == len(set(keys))
+    assert len(everything.survey_jobs(smoke=False)) == 68
+
+
+def test_jobs_are_command_lines_that_their_commands_read(called: list[Any]) -> None:
+    for part in (everything.speed_jobs, everything.survey_jobs, everything.solver_jobs, everything.scale_jobs):
+        for job in part(smoke=True):
+            assert job.words[0] == "benchmarks"
+            command.main(job.words[1:])
+    assert all(args.worker for _, args in called)
+
+
+def test_everything_writes_both_pages_and_reports_the_worst_code(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def answered(todo: Sequence[jobs.Job], path: Path, **options: Any) -> list[jobs.Line]:
+        return [{"job": todo[0].key, "status": "lost", "exception": "boom"}] if path.stem == "solver" else []
+
+    monkeypatch.setattr(jobs, "run", answered)
+    out, shown = tmp_path / "results.md", tmp_path / "page.html"
+    words = ["--smoke", "--results", str(tmp_path), "--out", str(out), "--page", str(shown)]
+    assert command.main(words) == 1
+    assert out.read_text().startswith("# Results")
+    assert shown.read_text().startswith("<!doctype html>")
+    assert json.loads((tmp_path / "survey.json").read_text()) == []

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import jobs
+from benchmarks.jobs import Job
+
+# A job is `python -m MODULE WORDS`: here a module beside the test's results, given by its path.
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "answering.py").write_text(
+        "import json, sys, time\n"
+        "what, *rest = sys.argv[1:]\n"
+        "print('not a line of the result')\n"
+        "print(json.dumps({'status': 'ok', 'what': what}))\n"
+        "sys.exit('out of luck') if what == 'dies' else time.sleep(60 if what == 'hangs' else 0)\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    return "answering"
+
+
+def test_lines_of_jobs_are_kept_with_their_key(script: str, tmp_path: Path) -> None:
+    lines = jobs.run([Job("a", (script, "one")), Job("b", (script, "two"))], tmp_path / "out.jsonl", parallel=2)
+    assert sorted(lines, key=lambda line: line["job"]) == [
+        {"job": "a", "status": "ok", "what": "one"},
+        {"job": "b", "status": "ok", "what": "two"},
+    ]
+    assert jobs.read(tmp_path / "out.jsonl") == lines
+
+
+def test_a_job_that_dies_or_hangs_leaves_a_line_that_says_so(script: str, tmp_path: Path) -> None:
+    todo = [Job("a", (script, "dies")), Job("b", (script, "hangs"))]
+    said, died, hung = jobs.run(todo, tmp_path / "out.jsonl", timeout=2)
+    assert said["what"] == "dies"
+    assert died == {"job": "a", "status": "lost", "exception": "process ended with code 1: out of luck"}
+    assert hung == {"job": "b", "status": "lost", "exception": "no answer within 2 s"}
+
+
+def test_resuming_runs_only_what_did_not_end_well(script: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    kept = {"job": "a", "status": "ok", "what": "kept"}
+    rows = [kept, {"job": "b", "status": "lost", "exception": "x"}, {"job": "gone", "status": "ok"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"job": "b", "sta')
+    todo = [Job("a", (script, "one")), Job("b", (script, "two"))]
+    again = {"job": "b", "status": "ok", "what": "two"}
+    assert jobs.run(todo, path, resume=True) == [kept, again]
+    assert jobs.read(path) == [kept, again]
+    assert jobs.run(todo[:1], path, resume=False)[0]["what"] == "one"
+
+
+def test_a_job_that_died_is_run_again_as_a_whole(script: str, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    jobs.run([Job("a", (script, "dies"))], path)
+    lines = jobs.run([Job("a", (script, "lives"))], path, resume=True)
+    assert lines == [{"job": "a", "status": "ok", "what": "lives"}]
+
+
+def test_lists_are_written_a_line_each(tmp_path: Path) -> None:
+    jobs.write(tmp_path / "out.json", [{"a": 1}, {"b": 2}])
+    assert (tmp_path / "out.json").read_text() == '[\n{"a": 1},\n{"b": 2}\n]\n'

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import cases, run, zoo
+from benchmarks.cases import Case, Mask, Record
+
+CASE = Case("squeezenet1_1", Mask(), 64)
+
+
+@pytest.fixture(scope="module")
+def records() -> list[Record]:
+    return list(run.run(CASE, ["dense", "naive", "chanopt", "upscale"], rounds=3))
+
+
+def test_every_arm_gives_a_record_with_everything_in_it(records: list[Record]) -> None:
+    assert [record.arm for record in records] == ["dense", "naive", "chanopt", "upscale"]
+    for record in records:
+        assert (record.status, record.exception, record.rounds, record.agree) == ("ok", "", 3, True)
+        assert record.machine["torch"] == torch.__version__
+        assert record.machine["threads"] == "1"
+        assert record.peak_bytes
+        assert record.parameter_bytes == 4 * (record.parameters or 0)
+        assert record.error is not None
+        assert record.error < 1e-4
+        low, median, high = record.latency_ms or (0, 0, 0)
+        assert 0 < low <= median <= high
+        assert set(record.ratios) == {"dense", "naive", "chanopt", "upscale"} - {record.arm}
+        assert run.differences(record) == ""
+    dense, naive, ours, _ = records
+    assert (naive.planned or {})["copies"] == 25
+    assert dense.macs
+    assert naive.macs
+    assert naive.macs["dense"] == naive.macs["exact"] < dense.macs["exact"] < dense.macs["dense"]
+    assert ours.figures["objective"] == ours.figures["bound"] == 0
+    assert set(ours.seconds) == {"capture", "make"}
+
+
+def test_ratios_are_the_inverse_of_one_another(records: list[Record]) -> None:
+    dense, _, ours, _ = records
+    low, _, high = ours.ratios["dense"]
+    assert dense.ratios["chanopt"][1] == pytest.approx(1 / ours.ratios["dense"][1])
+    assert low <= ours.ratios["dense"][1] <= high
+
+
+def test_records_survive_json_and_a_newer_schema_is_refused(records: list[Record]) -> None:
+    for record in records:
+        again = Record.of(json.loads(json.dumps(record.to_dict())))
+        assert again.to_dict() == json.loads(json.dumps(record.to_dict()))
+        assert again.case == CASE
+    with pytest.raises(ValueError, match="expected a record of schema 1 or older, found 2: update benchmarks"):
+        Record.of({**records[0].to_dict(), "schema": 2})
+
+
+def test_an_arm_that_cannot_be_made_is_a_record_too() -> None:
+    case = replace(CASE, mask=Mask(side="output"))
+    dense, upscale = run.run(case, ["dense", "upscale"], rounds=2)
+    assert dense.status == "ok"
+    assert dense.ratios == {}
+    assert upscale.status == "error"
+    assert "Invalid layer for output pruning" in upscale.exception
+    assert run.differences(upscale) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"agree": False}, "planned {'copies': 0"),
+        ({"profiled": {"selections": 1}}, "the profiler saw {'selections': 1}"),
+        ({"agree": None, "profiled": None}, ""),
+        ({"agree": False, "case": replace(CASE, device="cuda")}, ""),
+    ],
+)
+def test_a_plan_that_is_not_what_happened_is_told(changes: dict[str, Any], said: str, records: list[Record]) -> None:
+    told = run.differences(replace(records[0], **changes))
+    assert said in told
+    assert bool(said) == bool(told)
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    made = argparse.ArgumentParser()
+    run.add_arguments(made)
+    return made.parse_args(words)
+
+
+def test_the_plan_is_every_combination() -> None:
+    words = ["--models", "resnet18", "vgg11", "--amounts", "0.3", "0.5", "--sides", "both", "--batches", "1", "8"]
+    planned = run.plan(parsed(*words, "--layouts", "channels_last", "--modes", "eager", "inductor", "--small"))
+    assert len(planned) == 16
+    assert len(set(map(str, planned))) == 16
+    assert planned[0] == Case("resnet18", Mask(amount=0.3, side="both"), 64, layout="channels_last")
+    assert planned[-1] == Case("vgg11", Mask(amount=0.5, side="both"), 64, "inductor", "channels_last", 8)
+
+
+def test_a_job_is_the_command_line_of_its_case() -> None:
+    job = run.job(CASE, ["dense"], 5)
+    args = parsed(*job.words[2:])
+    assert Case.of(json.loads(args.worker)) == CASE
+    assert (args.arms, args.rounds) == (["dense"], 5)
+
+
+def test_finishing_writes_one_schema_and_tells_what_is_wrong(
+    records: list[Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"job": "a", "status": "ok", **record.to_dict()} for record in records]
+    assert run.finish(lines, tmp_path / "run.json") == 0
+    assert [Record.of(row).arm for row in json.loads((tmp_path / "run.json").read_text())] == [r.arm for r in records]
+    lost = {"job": "b", "status": "lost", "exception": "boom"}
+    assert run.finish([{**lines[0], "agree": False}, lost], tmp_path / "run.json") == 1
+    assert "b: boom" in capsys.readouterr().out
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.second = nn.Conv2d(8, 6, 1)
+        self.third = nn.Conv2d(6, 4, 1)
+
+
+def dead(layer: nn.Conv2d, axis: int) -> int:
+    return int((layer.weight.transpose(0, axis).flatten(1) == 0).all(1).sum())
+
+
+def test_masks_by_l1_take_the_least_channels_of_every_layer() -> None:
+    net = Net()
+    net.second.weight.data[:, 3] = 1e-3
+    cases.apply(net, Mask("l1", 0.25))
+    assert [dead(layer, 1) for layer in (net.first, net.second, net.third)] == [0, 2, 1]
+    assert not bool(net.second.weight[:, 3].any())
+
+
+def test_global_masks_weigh_layers_against_each_other_and_leave_each_a_channel() -> None:
+    net = Net()
+    net.second.weight.data.uniform_(0.9, 1.1)
+    net.third.weight.data[:, :3] *= 1e-3
+    cases.apply(net, Mask("l2", 0.25, scope="global"))
+    assert [dead(net.second, 1), dead(net.third, 1)] == [0, 3]
+    net = Net()
+    cases.apply(net, Mask("random", 0.99, "both", "global"))
+    assert all(dead(layer, 0) < layer.out_channels for layer in (net.first, net.second, net.third))
+    assert dead(net.first, 0) > 4
+    assert not bool(net.first.bias[(net.first.weight == 0).flatten(1).all(1)].any())  # type: ignore[index]
+
+
+def test_random_masks_depend_on_the_seed() -> None:
+    def masked(seed: int) -> list[bool]:
+        torch.manual_seed(0)
+        net = Net()
+        cases.apply(net, Mask("random", 0.5, scope="global", seed=seed))
+        return (net.second.weight == 0).flatten().tolist()
+
+    assert masked(1) == masked(1) != masked(2)
+
+
+def test_an_amount_that_is_no_fraction_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"in \[0, 1\), got 1"):
+        cases.apply(Net(), Mask(amount=1.0))
+
+
+def test_networks_are_as_their_case_says() -> None:
+    case = replace(CASE, layout="channels_last", dtype="float64", batch=2)
+    masked, original = cases.networks(case)
+    (images,) = cases.inputs(case)
+    assert images.dtype == torch.float64
+    assert images.shape == (2, 3, 64, 64)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert next(masked.parameters()).dtype == torch.float64
+    sparse, full = (sum(int((p == 0).sum()) for p in model.parameters()) for model in (masked, original))
+    assert sparse > 100_000 > full
+    with torch.no_grad():
+        assert zoo.sensitivity(masked, (images,)) > 0
