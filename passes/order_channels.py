@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
 from chanopt.analysis.demand import demand, rounded
+from chanopt.analysis.figures import figures
 from chanopt.analysis.labels import Labels, is_rigid, label
 from chanopt.analysis.segments import OrderGraph, Place, Segment
 from chanopt.ir import Access, IndexMap, Kind, Layout, Op, Program, Read, flow_back
 from chanopt.pass_infra import Pass, PassResult, Property
-from chanopt.solve import Solution, solve
+from chanopt.solve import Instance, Solution, solve
 
 SEGMENTS = "segments"
 """Key of this pass's notes: a tuple of :class:`Ordered`."""
@@ -69,32 +70,58 @@ class OrderChannels(Pass):
     def apply(self, program: Program) -> PassResult:
         """Solve every segment, then lay out every value."""
         graph = OrderGraph.build(program, demand(program), label(program))
-        solved = tuple(self._solved(segment) for segment in graph.segments())
-        layouts = _Layouts(graph, solved).run()
-        changed = {
-            name: replace(program.values[name], layout=layout)
-            for name, layout in layouts.items()
-            if program.values[name].layout != layout
-        }
-        after = program.evolve(values=changed) if changed else program
-        return PassResult(after, after is not program, notes={SEGMENTS: solved})
+        solved = [Ordered(segment, self._solve(segment.instance)) for segment in graph.segments()]
+        after = _laid_out(graph, solved)
+        for number, ordered in enumerate(solved):
+            wider = self._wider(ordered)
+            if wider is None:
+                continue
+            tried = [*solved[:number], wider, *solved[number + 1 :]]
+            other = _laid_out(graph, tried)
+            if _copied(other) < _copied(after):
+                solved, after = tried, other
+        return PassResult(after, after is not program, notes={SEGMENTS: tuple(solved)})
 
-    def _solved(self, segment: Segment) -> Ordered:
-        """The better of the program and the wider one; what no order of either beats is the bound."""
-        solution = solve(segment.instance, time_limit=self.time_limit)
-        if segment.wider is None or solution.objective == 0:
-            return Ordered(segment, solution)
-        other = solve(segment.wider, time_limit=self.time_limit)
-        best, bound = min(solution.objective, other.objective), min(solution.bound, other.bound)
-        chosen = solution if solution.objective == best else other
-        taken = segment if chosen is solution else replace(segment, instance=segment.wider)
-        return Ordered(taken, replace(chosen, bound=bound, optimal=bound >= best))
+    def _solve(self, instance: Instance) -> Solution:
+        return solve(instance, time_limit=self.time_limit)
+
+    def _wider(self, ordered: Ordered) -> Ordered | None:
+        """The segment with wider blocks, if that promises less; what no order of either beats is its bound.
+
+        The promise does not count what readers further down pay for channels that nobody asked for: the caller
+        compares whole programs.
+        """
+        segment, narrow = ordered.segment, ordered.solution
+        if segment.wider is None or narrow.objective == 0:
+            return None
+        solution = self._solve(segment.wider)
+        if solution.objective >= narrow.objective:
+            return None
+        bound = min(solution.bound, narrow.bound)
+        taken = replace(segment, instance=segment.wider)
+        return Ordered(taken, replace(solution, bound=bound, optimal=bound >= solution.objective))
+
+
+def _laid_out(graph: OrderGraph, solved: Sequence[Ordered]) -> Program:
+    """The program with every value in the order of its segment; the same object if nothing moves."""
+    program = graph.program
+    changed = {
+        name: replace(program.values[name], layout=layout)
+        for name, layout in _Layouts(graph, solved).run().items()
+        if program.values[name].layout != layout
+    }
+    return program.evolve(values=changed) if changed else program
+
+
+def _copied(program: Program) -> tuple[int, int]:
+    counted = figures(program)
+    return counted.copied_bytes, counted.gathered_channels
 
 
 class _Layouts:
     """From the orders of segments to the layout of every value."""
 
-    def __init__(self, graph: OrderGraph, solved: tuple[Ordered, ...]) -> None:
+    def __init__(self, graph: OrderGraph, solved: Sequence[Ordered]) -> None:
         self.graph, self.program = graph, graph.program
         self.labels = graph.labelling.of
         self.rank: dict[str, Labels] = {}
@@ -175,7 +202,7 @@ class _Layouts:
         return live
 
     def _cover(self, op: Op, read: Read, live: Mapping[str, IndexMap]) -> IndexMap | None:
-        """The result channels that make the read one range; None if it is one already."""
+        """The result channels that make the read one range; None if it is one already, or none of them would."""
         taken = flow_back(read, live[op.result])
         operand = Layout(self.program.values[read.value].live.channels, live[read.value])
         positions = np.unique(operand.positions(taken).array)
@@ -186,7 +213,7 @@ class _Layouts:
         index = read.index.array
         wanted = (index >= 0) & between[index]
         wanted[live[op.result].array] = True
-        return IndexMap(np.flatnonzero(wanted))
+        return IndexMap(np.flatnonzero(wanted)) if int(wanted.sum()) > len(live[op.result]) else None
 
     def _grown(self, live: dict[str, IndexMap], value: str, channels: IndexMap) -> dict[str, IndexMap] | None:
         """Every value with the channels that the wider one needs; None where an op cannot give them."""

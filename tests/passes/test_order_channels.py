@@ -275,3 +275,31 @@ def test_case_2_an_operand_of_a_concat_brings_channels_that_nobody_reads_rather_
     paid = ordered.solution.objective
     assert (paid, ordered.solution.bound, ordered.solution.optimal) == (18 * size, 18 * size, True)
     assert figures(result.program).copied_bytes == paid
+
+
+def shuffled(width: int) -> Any:
+    """Three units that pass half of their channels on, mix the other half and interleave the two (ShuffleNet V2)."""
+
+    def body(n: Net, x: Tensor) -> Tensor:
+        t = n.stem(x)
+        for number in range(3):
+            kept, changed = t.chunk(2, 1)
+            t = torch.cat([kept, n.get_submodule(f"b{number}")(changed)], 1)
+            batch, channels, *size = t.shape
+            t = t.view(batch, 2, channels // 2, *size).transpose(1, 2).reshape(t.shape)
+        return n.head(t)
+
+    branches = {f"b{number}": conv(width // 2, width // 2) for number in range(3)}
+    return randomise(Net(body, stem=conv(3, width), **branches, head=conv(width, 4))).eval()
+
+
+@pytest.mark.parametrize(("width", "seed", "mode"), [(8, 7, None), (12, 3, None), (12, 7, "input"), (16, 2, None)])
+def test_case_2_channels_that_a_reader_further_down_would_have_to_skip_are_not_brought(
+    width: int, seed: int, mode: Any
+) -> None:
+    """Wider concats promise fewer bytes here, but a chunk of one then starts in the middle of them."""
+    torch.manual_seed(seed)
+    net = shuffled(width)
+    mask_randomly(net, seed, mode=mode)
+    result = assert_rewrites(OrderChannels(), net, image(), before=BEFORE, allow_constant=True)
+    assert figures(result.program).copied_bytes <= sum(o.solution.objective for o in result.notes[SEGMENTS])
