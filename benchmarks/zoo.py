@@ -35,6 +35,8 @@ _SHIFT = 1.0
 # And no layer may amplify a variation that is smaller than this part of the mean beside it: squeeze-and-excitation
 # reads averages that hardly vary, and 30 of them in a row lost four digits.
 _LEAST_VARIATION = 0.5
+# Standard deviations of layers by name, other than 1: a detector exponentiates what these say of the size of a box.
+_SPREAD = {"bbox_pred": 0.1}
 
 Options = Callable[[int], Mapping[str, Any]]
 
@@ -288,8 +290,8 @@ def settle(model: nn.Module, inputs: tuple[Any, ...], seed: int = 0) -> None:
     momenta = [norm.momentum for norm in norms]
     hook = functools.partial(_rescale, generator=generator, seen=set())
     handles = [
-        module.register_forward_hook(hook)
-        for module in model.modules()
+        module.register_forward_hook(functools.partial(hook, spread=_SPREAD.get(name.rpartition(".")[2], 1.0)))
+        for name, module in model.named_modules()
         if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
     ]
     for norm in norms:
@@ -327,7 +329,13 @@ def _fill_if_constant(name: str, parameter: Tensor, bias: float, generator: torc
 
 
 def _rescale(
-    module: nn.Module, _inputs: object, output: Tensor, *, generator: torch.Generator, seen: set[nn.Module]
+    module: nn.Module,
+    _inputs: object,
+    output: Tensor,
+    *,
+    generator: torch.Generator,
+    seen: set[nn.Module],
+    spread: float,
 ) -> Tensor:
     """Forward hook of `settle`: rescales the layer on its first call and its output to match."""
     if module in seen or output.numel() <= output.shape[1]:
@@ -340,11 +348,11 @@ def _rescale(
     weight, bias = parameters["weight"], parameters.get("bias")
     unbiased = output if bias is None else output - bias.view(shape)
     least = _LEAST_VARIATION * unbiased.square().mean().sqrt()
-    scale = torch.maximum(output.std(dim=others).mean(), least).clamp(min=1e-6)
+    scale = torch.maximum(output.std(dim=others).mean(), least).clamp(min=1e-6) / spread
     weight /= scale
     if bias is None:
         return output / scale
-    offset = 0.2 * torch.randn(bias.shape, generator=generator) - output.mean(dim=others) / scale
+    offset = 0.2 * spread * torch.randn(bias.shape, generator=generator) - output.mean(dim=others) / scale
     offset *= weight.flatten(1).any(dim=1)
     bias.copy_(bias / scale + offset)
     return output / scale + offset.view(shape)
