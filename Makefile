@@ -1,7 +1,7 @@
 # chanopt: every command a reader of the README needs. Nothing has to be prepared but Python 3.10 or newer.
 #   make demo    optimise a masked ResNet-50 and DenseNet-121 on this CPU, print reports and timings
 #   make test    the whole test suite, slow tests included
-# Others: quick doctest lint format types wheel sweep speed smoke clean
+# Others: quick doctest lint format types wheel sweep speed smoke bench clean
 # Variables: PYTHON (interpreter that makes the environment), VENV (where), JOBS (test processes), ARGS (passed on)
 
 PYTHON ?= python3
@@ -21,7 +21,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick doctest lint format types wheel sweep speed smoke clean
+.PHONY: help demo test quick doctest lint format types wheel sweep speed smoke bench clean
 
 help:
 	@sed -n '2,5s/^# \{0,1\}//p' Makefile
@@ -33,15 +33,15 @@ $(VENV)/.made:
 	touch $@
 
 # torch comes first, so that what depends on it is satisfied by the build that was chosen. torchvision, timm and the
-# peer go without their dependencies: the peer pins versions long gone, and none may bring another torch.
+# peers go without their dependencies: one pins versions long gone, and none may bring another torch.
 $(VENV)/.run: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
 	$(PIP) install --quiet torch
-	$(PIP) install --quiet --no-deps torchvision timm apple-upscale
+	$(PIP) install --quiet --no-deps torchvision timm apple-upscale torch-pruning
 	$(PIP) install --quiet --editable '.[report,pruning,bench]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(PIP) install --quiet --editable '.[test]'
+	$(PIP) install --quiet --editable '.[test,export]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.test
@@ -83,6 +83,9 @@ smoke: $(VENV)/.run
 
 speed: $(VENV)/.run
 	$(ENV) $(BIN)/python -m benchmarks.speed $(ARGS)
+
+bench: $(VENV)/.run
+	$(ENV) $(BIN)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

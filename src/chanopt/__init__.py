@@ -19,20 +19,25 @@ if TYPE_CHECKING:
     from chanopt.api import Captured, Mask, capture, explain, lower, optimize, verify
     from chanopt.ir import Program, parse
     from chanopt.report import Report
+    from chanopt.saving import Plan, apply_plan, load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Captured",
     "Mask",
+    "Plan",
     "Program",
     "Report",
+    "apply_plan",
     "capture",
     "explain",
+    "load",
     "lower",
     "optimize",
     "parse",
     "passes",
+    "save",
     "verify",
 ]
 
@@ -40,6 +45,7 @@ _HOMES = {
     "chanopt.api": ("Captured", "Mask", "capture", "explain", "lower", "optimize", "verify"),
     "chanopt.ir": ("Program", "parse"),
     "chanopt.report": ("Report",),
+    "chanopt.saving": ("Plan", "apply_plan", "load", "save"),
 }
 
 

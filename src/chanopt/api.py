@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,15 +15,17 @@ from torch.export import ExportedProgram
 from chanopt.compare import verify
 from chanopt.errors import CaptureError, ChanoptError, PassError
 from chanopt.frontend import RULES, Captured, capture, lower_captured
+from chanopt.frontend.compiled import reports
 from chanopt.frontend.masks import Mask, apply_masks
 from chanopt.frontend.parts import optimize_parts
 from chanopt.ir import Program
 from chanopt.passes import DEFAULT, Pass, Pipeline
 from chanopt.report import Report
 from chanopt.report.build import build
+from chanopt.report.graphs import together
+from chanopt.saving.plan import REPORT, attach, made_by
 
 _LOG = logging.getLogger(__name__)
-_KEY = "chanopt"
 
 Passes = Pass | Sequence[Pass]
 Model = nn.Module | ExportedProgram | Captured
@@ -104,13 +106,20 @@ def optimize(
     return _optimized(captured, masks, target, pipeline, strict, time.perf_counter() - started)
 
 
-def explain(module: nn.Module) -> Report:
-    """The report of an optimised module.
+def explain(module: nn.Module | Callable[..., Any]) -> Report:
+    """The report of an optimised module, or of what ``torch.compile(..., backend="chanopt")`` made of a function.
+
+    Args:
+        module: made by :func:`optimize`, or a compiled module or function after its first call. The report of one that
+            consists of several graphs is their sum, and iterating it gives theirs.
 
     Raises:
-        ChanoptError: the module was not made by chanopt.
+        ChanoptError: the module was not made by chanopt, or nothing has been compiled yet.
     """
-    report = module.meta.get(_KEY) if isinstance(module, fx.GraphModule) else getattr(module, "chanopt_report", None)
+    compiled = reports(module)
+    if compiled is not None:
+        return together(compiled)
+    report = module.meta.get(REPORT) if isinstance(module, fx.GraphModule) else getattr(module, "chanopt_report", None)
     if not isinstance(report, Report):
         raise ChanoptError(
             f"expected a module made by chanopt.optimize, found a {type(module).__name__} without a report"
@@ -182,7 +191,7 @@ def _optimized(
     assert isinstance(module, fx.GraphModule)
     seconds = {"capture": spent, "optimize": time.perf_counter() - started, **result.seconds}
     report = build(captured.name, before, result.program, result.notes, seconds)
-    module.meta[_KEY] = report
+    attach(module, made_by(captured, result.program, report))
     _LOG.info("%s: %s", report.model, seconds)
     return module
 

@@ -1,7 +1,7 @@
-"""The command line: ``chanopt optimize``, ``chanopt explain`` and ``chanopt demo``.
+"""The command line: ``chanopt optimize``, ``chanopt explain``, ``chanopt demo`` and ``chanopt bench``.
 
-Files are those of ``torch.export.save``. Exit codes: 0; 1 if outputs differ; 2 for anything the user can put
-right, told in one line.
+Files are those of ``torch.export.save``; what ``chanopt optimize`` writes, :func:`chanopt.load` reads too. Exit codes:
+0; 1 if outputs differ; 2 for anything the user can put right, told in one line.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import subprocess
 import sys
 import warnings
 import zipfile
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
@@ -29,6 +30,7 @@ from chanopt import api, demo
 from chanopt.errors import CaptureError, ChanoptError, LoadError, VerifyError
 from chanopt.passes import DEFAULT, OrderChannels, Pass
 from chanopt.report import Report
+from chanopt.saving import Plan, attach, is_saved, read_report, save
 
 _SAVE_ONE = "torch.export.save(torch.export.export(model.eval(), inputs), 'model.pt2') makes one"
 
@@ -45,8 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         ChanoptError: with ``-v``, instead of the line.
     """
-    args = parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    args = argparse.Namespace(command="bench", verbose=False) if words[:1] == ["bench"] else parser().parse_args(words)
     try:
+        if args.command == "bench":
+            return _bench(words[1:])
         with _quiet(args.verbose):
             args.run(args)
     except (ChanoptError, OSError) as error:
@@ -83,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         "explain",
         parents=[common, reading],
         help="say what optimising an exported model would do, and why",
-        description="Say what optimising would do to a masked model, and why. Saves no model.",
+        description="Say what optimising would do to a masked model, and why; or what it did, to one that it wrote.",
     )
     explain.add_argument("--html", type=Path, metavar="FILE", help="write the report as HTML")
     explain.set_defaults(run=_explain)
@@ -95,7 +100,20 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_arguments(shown)
     shown.set_defaults(run=demo.run)
+    # Its words are those of `python -m benchmarks`, which parses them itself.
+    commands.add_parser("bench", add_help=False, help="run the benchmarks of a source tree")
     return made
+
+
+def _bench(words: Sequence[str]) -> int:
+    """Run `python -m benchmarks` in the tree that this package was installed from; returns its exit code."""
+    tree = Path(__file__).resolve().parents[2]
+    if not (tree / "benchmarks" / "__main__.py").exists():
+        raise ChanoptError(
+            "expected a source tree with benchmarks/, found an installed wheel; clone the repository and run "
+            "`make bench` there"
+        )
+    return subprocess.call([sys.executable, "-m", "benchmarks", *words], cwd=tree)
 
 
 def _reading() -> argparse.ArgumentParser:
@@ -162,7 +180,7 @@ def _optimize(args: argparse.Namespace) -> None:
             begin("compare")
             error = api.verify(exported.module(check_guards=False), fast, *_examples(exported))
         begin("save")
-        torch.export.save(export_like(fast, exported), args.output)
+        save(fast, args.output, exported=export_like(fast, exported))
     print(f"{report}\n")
     if error is not None:
         print(f"same outputs: relative error {error:.1e}, in float64, on the example and fresh inputs")
@@ -172,6 +190,11 @@ def _optimize(args: argparse.Namespace) -> None:
 
 def _explain(args: argparse.Namespace) -> None:
     _require_means(args.html, args.json)
+    if is_saved(args.input):
+        report = read_report(args.input)
+        print(report)
+        _write(report, args.html, args.json)
+        return
     with _stages(2) as begin:
         begin("load")
         exported = load(args.input)
@@ -215,6 +238,8 @@ def load(path: Path) -> ExportedProgram:
             f"expected torch {torch.__version__} to read {path}, found {type(error).__name__}: {error}; "
             "save it again with this version of torch"
         ) from error
+    if exported.example_inputs is None and is_saved(path):
+        raise LoadError(f"expected a masked model in {path}, found one that chanopt has optimised already")
     if exported.example_inputs is None:
         raise LoadError(f"expected example inputs in {path}, found none; {_SAVE_ONE}")
     return exported
@@ -245,7 +270,10 @@ def optimized(
     """
     inputs, kwargs = _examples(exported)
     fast = api.optimize(exported, inputs, kwargs, pipeline=_pipeline(time_limit), strict=strict)
-    return fast, replace(api.explain(fast), model=name)
+    report = replace(api.explain(fast), model=name)
+    if isinstance(fast, fx.GraphModule):
+        attach(fast, replace(Plan.of(fast), report=report))
+    return fast, report
 
 
 def _pipeline(time_limit: float | None) -> tuple[Pass, ...]:

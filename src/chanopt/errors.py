@@ -41,3 +41,15 @@ class VerifyError(ChanoptError, AssertionError):
 
 class LoadError(ChanoptError):
     """A file that is not chanopt's, or comes from a newer version."""
+
+
+class AllocationError(ChanoptError, ValueError):
+    """A channel allocation that contradicts itself, or that no choice of channels brings within its target."""
+
+
+class ScheduleError(ChanoptError, ValueError):
+    """A pruning schedule that says something impossible, or whose masks disagree where channels meet."""
+
+
+class OptionError(ChanoptError, ValueError):
+    """An option of the torch.compile backend that does not exist, or a value that it cannot have."""

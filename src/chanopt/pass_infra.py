@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from chanopt.analysis.figures import Figures, figures
@@ -17,6 +19,10 @@ from chanopt.ir import Program
 
 _LOG = logging.getLogger(__name__)
 _CHECKED: ContextVar[bool] = ContextVar("chanopt_checked", default=False)
+_DUMPED: ContextVar[Path | None] = ContextVar("chanopt_dumped", default=None)
+
+DUMP_VARIABLE = "CHANOPT_DUMP_IR"
+"""The environment variable that names the folder for :func:`dumping`."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +81,25 @@ class Pass(ABC):
         """
         for needed in self.requires:
             self._demand(needed, program, "required that")
+        number = self._dump(program, "before")
         started = time.perf_counter()
         applied = self.apply(program)
         seconds = time.perf_counter() - started
         result = applied if isinstance(applied, PassResult) else PassResult(applied, applied is not program)
+        self._dump(result.program, "after", number)
         if _CHECKED.get():
             self._check(result.program)
         changed = _changes(figures(program), figures(result.program)) if result.modified else {}
         _LOG.debug("%s: %s in %.3f s", self.name, changed or "nothing", seconds)
         timings = result.seconds or {self.name: seconds}
         return PassResult(result.program, result.modified, changed, timings, result.notes)
+
+    def _dump(self, program: Program, when: str, number: int | None = None) -> int | None:
+        """Write a program where the user asked for it; pipelines leave that to their passes."""
+        folder = _dump_folder()
+        if folder is None or isinstance(self, Pipeline):
+            return None
+        return _write(folder, self.name, when, str(program), number)
 
     def _check(self, program: Program) -> None:
         try:
@@ -134,6 +149,38 @@ def checked() -> Generator[None, None, None]:
         yield
     finally:
         _CHECKED.reset(token)
+
+
+@contextmanager
+def dumping(folder: str | Path | None) -> Generator[None, None, None]:
+    """Within this context the program before and after every pass is written into a folder (docs/backend.md).
+
+    The files are ``0000_drop_dead_before.txt``, ``0000_drop_dead_after.txt``, ``0001_...``, numbered on from those that
+    are there; :func:`chanopt.parse` reads them.
+
+    Args:
+        folder: where to; made if it does not exist. None changes nothing: the environment variable
+            ``CHANOPT_DUMP_IR`` may name one.
+    """
+    token = _DUMPED.set(_DUMPED.get() if folder is None else Path(folder))
+    try:
+        yield
+    finally:
+        _DUMPED.reset(token)
+
+
+def _dump_folder() -> Path | None:
+    named = os.environ.get(DUMP_VARIABLE)
+    return _DUMPED.get() or (Path(named) if named else None)
+
+
+def _write(folder: Path, name: str, when: str, text: str, number: int | None) -> int:
+    """Write one file, under the next free number if none is given; returns the number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = [int(path.name.partition("_")[0]) for path in folder.glob("[0-9]*_*.txt")]
+    chosen = max(taken, default=-1) + 1 if number is None else number
+    (folder / f"{chosen:04d}_{name}_{when}.txt").write_text(text + "\n", encoding="utf-8")
+    return chosen
 
 
 def _changes(before: Figures, after: Figures) -> dict[str, tuple[int, int]]:

@@ -73,7 +73,8 @@ def _require_same(block: Block, printed: str, page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_page_does_what_it_says(page: Path) -> None:
+def test_the_page_does_what_it_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # pages write files
     outputs = sum(block.language == "text" for block in blocks(page))
     assert check(page) == outputs
 

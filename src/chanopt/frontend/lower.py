@@ -173,9 +173,15 @@ class Lowering:
         return arg
 
     def param(self, const: Const, out: int | None = None, inn: int | None = None) -> Param:
-        """A parameter operand; the tensor becomes one of the program's weights."""
-        self.weights[const.name] = const.tensor
-        return Param(const.name, out, inn, const.buffer)
+        """A parameter operand; the tensor becomes one of the program's weights.
+
+        Folded weights may be named alike (under autocast torch.export tells no layers): the later one is numbered.
+        """
+        count, name = 0, const.name
+        while name in self.weights and not _same(self.weights[name], const.tensor):
+            count, name = count + 1, f"{const.name}_{count + 1}"
+        self.weights[name] = const.tensor
+        return Param(name, out, inn, const.buffer)
 
     def tensor(self, arg: Any) -> Value:
         """An operand as a value; a rearrangement that is still open is emitted as it stands."""
@@ -487,6 +493,10 @@ def _taken(item: fx.Node) -> int:
     """Which result of several a ``getitem`` takes."""
     index: Any = item.args[1]
     return index
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)
 
 
 def _position(user: fx.Node, node: fx.Node) -> int:

@@ -1,0 +1,283 @@
+"""The torch.compile backend: is it right, how often does it compile, and how fast is what it compiles.
+
+    python -m benchmarks.backend
+    python -m benchmarks.backend --models resnet18 shufflenet_v2_x0_5 --part right --small
+    python -m benchmarks.backend --models resnet18 --part speed --rounds 10
+
+Part "right": every network with masks on inputs and outputs, called at four batch sizes through
+``torch.compile(backend="chanopt")``, eager behind it; compared with the masked network.
+
+Part "speed": CPU, batch 1, one thread, float32, input masks. ``backend="chanopt"`` (Inductor behind it) against
+``backend="inductor"`` on UPSCALE's export of the same masks and on the masked network, all with frozen weights. The
+arms are called in turn, as in `benchmarks.speed`; of UPSCALE's two ways of copying, the faster one on each network
+counts.
+
+Tables and all figures go to OUT (JSON) and to the same name with .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from tqdm import tqdm
+
+from benchmarks import peers, zoo
+from benchmarks.masks import Setting, build_masked
+from benchmarks.measure import MAX_ERROR32, describe, relative_error
+from benchmarks.speed import Arm, Spread, machine, ratio, time_arms
+
+RIGHT: tuple[str, ...] = zoo.ALL
+FAST: tuple[str, ...] = ("resnet50", "densenet121", "googlenet", "mobilenet_v2")
+OUT = Path(__file__).resolve().parent / "results" / "backend.json"
+
+BATCHES = (2, 3, 4, 1)
+TO_UPSCALE = 0.8
+TO_DENSE = 0.5
+"""Most that the geometric means of the ratios may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """One network through the backend.
+
+    Attributes:
+        error: greatest relative difference to the masked network's outputs, over all batch sizes.
+        graphs: graphs that Dynamo made for the first batch size; `recompiled` those for all the others.
+        breaks: places where Dynamo broke the graph.
+        slim: graphs that chanopt optimised.
+        macs, macs_dense: of one inference at the first batch size, over these graphs.
+        exception: what went wrong, if anything.
+    """
+
+    model: str
+    error: float = float("nan")
+    graphs: int = 0
+    recompiled: int = 0
+    breaks: int = 0
+    slim: int = 0
+    macs_dense: int = 0
+    macs: int = 0
+    seconds: float = 0.0
+    exception: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether it ran, gave the masked network's outputs, and did less."""
+        return self.error <= MAX_ERROR32 and self.macs < self.macs_dense and not self.exception
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """One network. Times in milliseconds, ratios of times within a round; below 1 is faster than the other."""
+
+    model: str
+    dense_ms: Spread
+    upscale_ms: Spread
+    chanopt_ms: Spread
+    upscale_mode: str
+    to_upscale: Spread
+    to_dense: Spread
+    error: float
+
+
+def right(name: str, *, amount: float, resolution: int | None) -> Right:
+    """Run one network of the zoo through the backend; never raises, an error becomes a row."""
+    started = time.perf_counter()
+    try:
+        found = _run(name, amount, resolution)
+    # The question is whether anything raises, so everything that does is recorded.
+    except Exception as error:  # noqa: BLE001
+        return Right(name, exception=describe(error), seconds=time.perf_counter() - started)
+    return Right(name, **found, seconds=time.perf_counter() - started)
+
+
+def _run(name: str, amount: float, resolution: int | None) -> dict[str, Any]:
+    import chanopt
+    from chanopt.errors import ChanoptError
+
+    _reset()
+    model = build_masked(name, Setting("both", amount), resolution)
+    fast = torch.compile(model, backend="chanopt", options={"compiler": "eager"})
+    known: dict[str, Any] = {"error": 0.0}
+    with torch.no_grad():
+        for batch in BATCHES:
+            inputs = zoo.example_inputs(name, batch, resolution, seed=batch)
+            known["error"] = max(known["error"], relative_error(model, fast, inputs))
+            if batch != BATCHES[0]:
+                continue
+            known |= {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}
+            try:
+                report = chanopt.explain(fast)
+            except ChanoptError:
+                continue
+            known |= {"slim": len(getattr(report, "graphs", [report]))}
+            known |= {"macs_dense": report.macs_before, "macs": report.macs_after}
+    return {**known, "recompiled": counters["stats"]["unique_graphs"] - known["graphs"]}
+
+
+def speed(name: str, *, amount: float, rounds: int, resolution: int | None) -> Speed:
+    """Time one network of the zoo under input masks of `amount`.
+
+    Raises:
+        benchmarks.peers.PeerError: UPSCALE could not export it.
+    """
+    _reset()
+    model = build_masked(name, Setting("input", amount), resolution)
+    inputs = zoo.example_inputs(name, 1, resolution)
+    fast = torch.compile(model, backend="chanopt")
+    arms: dict[str, Arm] = {"chanopt": fast, "dense": _inductor(model)}
+    for mode in ("index", "runs"):
+        arms[mode] = _inductor(peers.export(model, inputs, mode).module)
+    with torch.inference_mode():
+        expected = model(*inputs)
+        taken = time_arms(arms, inputs, rounds)
+        error = relative_error(lambda *_: expected, fast, inputs)
+    best = min(("index", "runs"), key=lambda mode: statistics.median(taken[mode]))
+    return Speed(
+        model=name,
+        dense_ms=Spread.of(taken["dense"]),
+        upscale_ms=Spread.of(taken[best]),
+        chanopt_ms=Spread.of(taken["chanopt"]),
+        upscale_mode=best,
+        to_upscale=ratio(taken["chanopt"], taken[best]),
+        to_dense=ratio(taken["chanopt"], taken["dense"]),
+        error=error,
+    )
+
+
+def _inductor(model: nn.Module) -> Arm:
+    return torch.compile(model, backend="inductor", options={"freezing": True})
+
+
+def _reset() -> None:
+    """Forget what was compiled: Dynamo stops compiling a function that it has compiled eight times."""
+    importlib.import_module("chanopt.backend")  # registers the backend where the package is not installed
+    torch.compiler.reset()
+    counters.clear()
+
+
+def right_page(rows: Sequence[Right]) -> list[str]:
+    """The table of part "right"."""
+    heads = ["network", "error", "graphs", "breaks", "compiled again", "slim graphs", "MACs, M", "left", "s"]
+    body = [
+        [
+            row.model,
+            f"{row.error:.0e}",
+            str(row.graphs),
+            str(row.breaks),
+            str(row.recompiled),
+            str(row.slim),
+            f"{row.macs_dense / 1e6:.0f}",
+            f"{row.macs / row.macs_dense:.0%}" if row.macs_dense else "-",
+            f"{row.seconds:.0f}",
+        ]
+        for row in rows
+    ]
+    failed = [f"- {row.model}: {row.exception}" for row in rows if row.exception]
+    within = sum(row.holds for row in rows)
+    told = f"{within} of {len(rows)} give the masked network's outputs within {MAX_ERROR32:.0e} with fewer operations."
+    return ["## Outputs, graphs, operations", _CALLED, _table(heads, body), told, *failed]
+
+
+_CALLED = (
+    f"Called at the batch sizes {', '.join(map(str, BATCHES))}; graphs, breaks and multiply-accumulates (MACs) are "
+    "those of the first call, graphs compiled again those of the others: one for any batch, one for a batch of one."
+)
+
+
+def speed_page(rows: Sequence[Speed]) -> list[str]:
+    """The table of part "speed", and its geometric means."""
+    heads = ["network", "masked, ms", "UPSCALE, ms", "chanopt, ms", "chanopt / UPSCALE", "chanopt / masked", "error"]
+    body = [
+        [
+            row.model,
+            row.dense_ms.format(1),
+            f"{row.upscale_ms.format(1)} {row.upscale_mode}",
+            row.chanopt_ms.format(1),
+            row.to_upscale.format(2),
+            row.to_dense.format(2),
+            f"{row.error:.0e}",
+        ]
+        for row in rows
+    ]
+    means = [
+        f"Geometric mean against {what}: {mean:.3f} (bound {bound})."
+        for what, bound, mean in (
+            ("UPSCALE", TO_UPSCALE, _mean([row.to_upscale for row in rows])),
+            ("the masked network", TO_DENSE, _mean([row.to_dense for row in rows])),
+        )
+    ]
+    told = "Medians, with quartiles in brackets; ratios within a round. All through Inductor with frozen weights."
+    return ["## Speed", told, _table(heads, body), *means]
+
+
+def _mean(spreads: Sequence[Spread]) -> float:
+    return statistics.geometric_mean([spread.median for spread in spreads])
+
+
+def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rule = [":--"] + ["--:"] * (len(heads) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [heads, rule, *body])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m benchmarks.backend", description=(__doc__ or "").split("\n")[0])
+    made.add_argument(
+        "--models", nargs="+", choices=zoo.ALL, metavar="NAME", help="networks (default: each part's own)"
+    )
+    made.add_argument("--part", choices=("right", "speed", "both"), default="both")
+    made.add_argument("--amount", type=float, default=0.5, help="fraction of channels masked")
+    made.add_argument("--rounds", type=int, default=40, help="timed calls of each arm, at least 2")
+    made.add_argument("--small", action="store_true", help="part right at the least resolution each network accepts")
+    made.add_argument("--resolution", type=int, help="image size in pixels (default: the network's own)")
+    made.add_argument("--out", type=Path, default=OUT)
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 1 if an output differs or a network failed, 0 otherwise, whatever the times are."""
+    args = parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    checked: list[Right] = []
+    timed: list[Speed] = []
+    if args.part != "speed":
+        for name in tqdm(args.models or RIGHT, unit="network", disable=None):
+            size = zoo.entry(name).small if args.small else args.resolution
+            checked.append(right(name, amount=args.amount, resolution=size))
+    if args.part != "right":
+        timed = [
+            speed(name, amount=args.amount, rounds=args.rounds, resolution=args.resolution)
+            for name in tqdm(args.models or FAST, unit="network", disable=None)
+        ]
+    conditions = f"CPU, one thread, float32, {args.amount:.0%} of the channels of each layer masked."
+    on = machine()
+    parts = ["# The torch.compile backend", conditions, "\n".join(f"- {key}: {value}" for key, value in on.items())]
+    parts += [*(right_page(checked) if checked else []), *(speed_page(timed) if timed else [])]
+    page = "\n\n".join(parts) + "\n"
+    record = {"conditions": conditions, "machine": on, "right": [asdict(row) for row in checked]}
+    record["speed"] = [asdict(row) for row in timed]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    args.out.with_suffix(".md").write_text(page)
+    print(page)
+    wrong = [row.model for row in checked if not row.holds] + [t.model for t in timed if not t.error <= MAX_ERROR32]
+    if wrong:
+        print(f"not right: {', '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Inductor for a slim graph, when Dynamo compiles it and again later, when its weights have changed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._inductor.compile_fx import compile_fx
+
+Compiled = Callable[..., Any]
+
+
+def compile_slim(
+    module: fx.GraphModule, given: Sequence[Any], traced: Sequence[Any], patches: Mapping[str, Any]
+) -> tuple[Compiled, Callable[..., bool] | None]:
+    """Compile a slim graph for the sizes that Dynamo left open.
+
+    Args:
+        module: the slim graph; not modified.
+        given: its inputs as Dynamo traced them, with symbolic sizes.
+        traced: all inputs of Dynamo's graph, likewise.
+        patches: Inductor's configuration.
+
+    Returns:
+        What runs it, and what must hold for its inputs. While Dynamo compiles, conditions on sizes become conditions
+        of its own (None here); later nobody else would look at them.
+    """
+    mode: Any = detect_fake_mode(list(traced))
+    env: Any = mode.shape_env
+    known = len(env.guards) if env is not None and env.frozen else None
+    own = fx.GraphModule(module, deepcopy(module.graph))  # Inductor takes what it is given for its own
+    with tracing(TracingContext(mode)), _thawed(env):
+        run: Any = compile_fx(own, list(given), config_patches=dict(patches))
+    added = env.guards[known:] if env is not None and known is not None else []
+    condition = env.produce_guards_expression(list(given), guards=added) if env is not None and added else None
+    if env is None or condition is None:
+        return run, None
+    return run, lambda *inputs: bool(env.evaluate_guards_expression(condition, list(inputs)))
+
+
+def compile_whole(graph: fx.GraphModule, examples: Sequence[Any], patches: Mapping[str, Any]) -> Compiled:
+    """Compile a graph of Dynamo's as it is, with its weights as inputs, for inference or training."""
+    made: Any = compile_fx(graph, list(examples), config_patches={**patches, "freezing": False})
+    return made
+
+
+@contextlib.contextmanager
+def _thawed(env: Any) -> Generator[None]:
+    """Let Inductor add conditions on symbolic sizes, which Dynamo forbids once it has written its own."""
+    if env is None or not env.frozen:
+        yield
+        return
+    env.frozen = False
+    try:
+        yield
+    finally:
+        env.frozen = True
+
+
+def device_of(examples: Sequence[Any]) -> str:
+    """The kind of device that a graph runs on: "cpu" if no input is elsewhere."""
+    kinds = [example.device.type for example in examples if isinstance(example, torch.Tensor)]
+    return next((kind for kind in kinds if kind != "cpu"), "cpu")
