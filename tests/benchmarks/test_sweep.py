@@ -58,7 +58,10 @@ def test_a_row_within_all_bounds_has_no_violations() -> None:
         ({"error64_batch": float("inf")}, "error64_batch inf over 1e-10"),
         ({"error32": float("nan")}, "error32 nan over 1e-04"),
         ({"segments_optimal": 2}, "only 2 of 3 segments proven optimal"),
-        ({"parameters": 1000, "upscale_status": "KeyError"}, "not slimmed, and neither a refusal nor who reads the channels says why"),
+        (
+            {"parameters": 1000, "upscale_status": "KeyError"},
+            "not slimmed, and neither a refusal nor who reads the channels says why",
+        ),
         ({"copied_bytes": 8193}, "copies 8,193 bytes, UPSCALE 8,192"),
         ({"copied_bytes": 8192, "gathered_channels": 21}, "gathers 21 channels at equal bytes, UPSCALE 20"),
         ({"parameters": 501}, "keeps 501 parameters, UPSCALE 500"),
