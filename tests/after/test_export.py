@@ -54,8 +54,8 @@ def test_aot_inductor(slim: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # no locks shared with other processes
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # nor a pool of compilers
-    path = aoti_compile_and_package(exported(slim), package_path=str(tmp_path / "slim_cpu.pt2"))
+    with torch._inductor.config.patch(compile_threads=1):  # nor a pool of compilers
+        path = aoti_compile_and_package(exported(slim), package_path=str(tmp_path / "slim_cpu.pt2"))
     compiled = aoti_load_package(path)
     x = slim.inputs(3)
     with torch.no_grad():

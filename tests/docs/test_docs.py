@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -124,3 +126,19 @@ def test_files_that_the_pages_name_exist() -> None:
     }
     assert named
     assert [name for name in sorted(named) if not (DOCS.parent / name).exists()] == []
+
+
+def test_the_readme_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes a model and an input as given, and prints a report that is not shown."""
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    with torch.no_grad():
+        model[2].weight[:, ::2] = 0  # pyright: ignore[reportIndexIssue]
+    names: dict[str, Any] = {"__name__": "readme", "model": model, "x": torch.randn(1, 3, 8, 8)}
+    for block in blocks(DOCS.parent / "README.md"):
+        if block.language == "python":
+            exec(compile(block.text, "README.md", "exec", dont_inherit=True), names)
+    assert "multiply-accumulates" in capsys.readouterr().out
+    assert torch.equal(names["slim"](names["x"]), names["fast"](names["x"]))

@@ -42,7 +42,7 @@ def test_d17_the_dense_networks(build: Callable[[], nn.Module]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "build", "epochs", "macs", "weights", "nonzero"), CIFAR, ids=lambda v: str(v))
+@pytest.mark.parametrize(("name", "build", "epochs", "macs", "weights", "nonzero"), CIFAR)
 def test_headline_cifar(
     name: str, build: Callable[[], nn.Module], epochs: int, macs: int, weights: int, nonzero: int
 ) -> None:
@@ -57,7 +57,7 @@ def test_headline_cifar(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "macs", "weights", "nonzero"), IMAGENET, ids=lambda v: str(v))
+@pytest.mark.parametrize(("name", "macs", "weights", "nonzero"), IMAGENET)
 def test_headline_resnet50(name: str, macs: int, weights: int, nonzero: int) -> None:
     torchvision_shim.ensure_torchvision()
     from torchvision.models import resnet50
