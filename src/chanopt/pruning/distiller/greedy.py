@@ -17,10 +17,10 @@ from chanopt.compare import copied
 from chanopt.errors import ScheduleError
 from chanopt.pruning.distiller.components import Moment, Names, Sight, layer_of
 from chanopt.pruning.distiller.dependencies import coupled
-from chanopt.pruning.distiller.modes import in_eval
 from chanopt.pruning.distiller.ranked import L1RankedStructureParameterPruner
 from chanopt.pruning.distiller.summaries import total_macs
 from chanopt.pruning.distiller.thinning import thin
+from chanopt.pruning.modes import in_eval
 from chanopt.pruning.structure import Structure, discover
 
 

@@ -20,9 +20,9 @@ from torch.utils.hooks import RemovableHandle
 from chanopt.errors import ScheduleError
 from chanopt.pruning.distiller.components import Moment, Pruner, Sight, layer_of
 from chanopt.pruning.distiller.elements import SparsityLevelParameterPruner
-from chanopt.pruning.distiller.modes import in_eval
 from chanopt.pruning.distiller.regularizers import Regularizer
 from chanopt.pruning.distiller.statistics import norm_behind
+from chanopt.pruning.modes import in_eval
 
 if TYPE_CHECKING:
     from chanopt.pruning.distiller.scheduler import CompressionScheduler

@@ -18,12 +18,12 @@ from chanopt.errors import ScheduleError
 from chanopt.pruning.distiller import elements, learning_rates, ranked, regularizers
 from chanopt.pruning.distiller.components import Component, Moment, Names, Pruner, Sight
 from chanopt.pruning.distiller.dependencies import Conflict, DisagreementError, Kept, Side, coupled, join_of
-from chanopt.pruning.distiller.modes import in_eval
 from chanopt.pruning.distiller.policies import LRPolicy, Policy, PruningPolicy, RegularizationPolicy
 from chanopt.pruning.distiller.ranked import RankedPruner
 from chanopt.pruning.distiller.regularizers import Regularizer
 from chanopt.pruning.distiller.scheduler import CompressionScheduler, invoked
 from chanopt.pruning.distiller.thinning import SIDES, StructureRemover, example_of
+from chanopt.pruning.modes import in_eval
 from chanopt.pruning.structure import Segment, Structure, discover
 
 OnConflict = Literal["raise", "leader", "unconstrained"]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from chanopt.errors import ScheduleError
 from chanopt.pruning.distiller.groups import magnitudes
-from chanopt.pruning.distiller.modes import in_eval
 from chanopt.pruning.distiller.scheduler import CompressionScheduler
+from chanopt.pruning.modes import in_eval
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

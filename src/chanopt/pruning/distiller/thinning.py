@@ -27,10 +27,10 @@ from chanopt.pruning.distiller.dependencies import (
     conflicts_of,
     zero_channels,
 )
-from chanopt.pruning.distiller.modes import in_eval
 from chanopt.pruning.distiller.policies import Policy, Step
 from chanopt.pruning.distiller.recipes import Directive, Recipe, apply_recipe
 from chanopt.pruning.distiller.scheduler import CompressionScheduler, ParameterMasker
+from chanopt.pruning.modes import in_eval
 from chanopt.pruning.structure import Channels, Segment, Structure, discover
 
 SIDES: dict[str, tuple[Side, ...]] = {

@@ -29,6 +29,7 @@ from chanopt.pruning.masks import (
     rescale,
     set_mask,
 )
+from chanopt.pruning.modes import in_eval
 from chanopt.pruning.slices import element_mask, original, weighted
 from chanopt.pruning.smcp.choosing import Choice, Options, choose, masks_of
 from chanopt.pruning.smcp.costs import CostModel, ParameterCost
@@ -94,7 +95,7 @@ class SoftMaskPruner:
         self.model = model
         self.schedule = schedule
         if groups is None:
-            with _evaluating(model):
+            with in_eval(model):
                 groups = discover_groups(model, example_inputs)
         self.groups = groups.protect(protect)
         self.kept = tuple(tuple(range(group.channels)) for group in self.groups.groups)
@@ -362,15 +363,3 @@ def _all_agree(flag: bool, device: torch.device) -> bool:
     shared = torch.tensor(int(flag), device=device)
     distributed.all_reduce(shared, op=distributed.ReduceOp.MIN)
     return bool(shared)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None, None, None]:
-    """The model in eval mode, and each module back in its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
