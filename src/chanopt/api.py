@@ -97,13 +97,13 @@ def optimize(
     started = time.perf_counter()
     try:
         captured = _captured(model, inputs, kwargs)
+        return _optimized(captured, masks, target, pipeline, strict, time.perf_counter() - started)
     except CaptureError as error:
         whole = isinstance(model, nn.Module) and not any(part.training for part in model.modules())
         if strict or masks or not whole:
             raise
         assert isinstance(model, nn.Module)
         return _in_parts(model, inputs, kwargs, target, pipeline, error)
-    return _optimized(captured, masks, target, pipeline, strict, time.perf_counter() - started)
 
 
 def explain(module: nn.Module | Callable[..., Any]) -> Report:

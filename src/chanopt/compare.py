@@ -45,6 +45,8 @@ def verify(
     Raises:
         VerifyError: an output is past the tolerance, not finite where the reference is, or of another shape.
     """
+    if trials < 0:
+        raise VerifyError(f"expected a number of fresh inputs, found trials={trials}")
     args = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
     allowed = _tolerance(fast) if tolerance is None else tolerance
     reference, candidate = double(model), double(fast)
@@ -122,7 +124,7 @@ def _error(a: torch.Tensor, b: torch.Tensor, number: int, trial: int, tolerance:
     if not a.is_floating_point():
         error = float((a != b).double().mean())
     else:
-        scale = float(a.abs().nan_to_num().max()) or 1.0
+        scale = float(a.abs().nan_to_num(posinf=0.0).max()) or 1.0  # of the finite entries
         same = (a == b) | (a.isnan() & b.isnan())
         error = float(torch.where(same, 0.0, (a - b).abs()).max()) / scale
     if not error <= tolerance:

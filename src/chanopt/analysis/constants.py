@@ -83,15 +83,34 @@ class _Forwards:
             candidates[:] = False  # another operand, of unknown value, takes part (a size does not)
         candidates |= self._absorbed(op, flows)
         if candidates.any():
-            planes = {read.value: self._plane(read) for read in op.reads}
-            made = self.dialect.evaluate(op, self.program, planes)
-            axis = self.program.values[op.result].axis
-            assert axis is not None
-            flat = made.movedim(axis, 0).reshape(len(result), -1).double().cpu().numpy()
-            uniform = _uniform(flat, torch.finfo(made.dtype).eps if made.is_floating_point() else 0.0)
-            keep = candidates & uniform
+            flat, eps = self._run(op, len(result), smaller=False)
+            keep = candidates & _uniform(flat, eps)
+            if keep.any():
+                keep &= self._sizeless(op, flat, eps)
             result[keep] = flat[keep, 0]
         return result
+
+    def _run(self, op: Op, channels: int, *, smaller: bool) -> tuple[Values, float]:
+        """Shape (channels, the rest): the op's result on planes of constants, and the rounding of its type."""
+        planes = {read.value: self._plane(read, smaller=smaller) for read in op.reads}
+        made = self.dialect.evaluate(op, self.program, planes)
+        axis = self.program.values[op.result].axis
+        assert axis is not None
+        flat = made.movedim(axis, 0).reshape(channels, -1).double().cpu().numpy()
+        return flat, torch.finfo(made.dtype).eps if made.is_floating_point() else 0.0
+
+    def _sizeless(self, op: Op, flat: Values, eps: float) -> npt.NDArray[np.bool_]:
+        """Which channels have the same constant in a batch and an image of half the size: a sum over pixels has not.
+
+        An op that cannot run at other sizes has its sizes written into it, and is never called at others.
+        """
+        try:
+            other, _ = self._run(op, len(flat), smaller=True)
+        except (RuntimeError, ValueError, IndexError):
+            return np.ones(len(flat), np.bool_)
+        if not other.size:
+            return np.ones(len(flat), np.bool_)
+        return _uniform(np.stack([flat[:, 0], other[:, 0]], axis=1), eps) & _uniform(other, eps)
 
     def _absorbed(self, op: Op, flows: list[Read]) -> npt.NDArray[np.bool_]:
         """Result channels that are constant because a factor is zero: of an operand, or of a parameter."""
@@ -105,12 +124,15 @@ class _Forwards:
                 mask |= (_behind(self.known[read.value], read) == 0).all(1)
         return mask
 
-    def _plane(self, read: Read) -> torch.Tensor:
+    def _plane(self, read: Read, *, smaller: bool) -> torch.Tensor:
         """The operand with its constants at every pixel, and ones in the channels that are not constant."""
         value = self.program.values[read.value]
         if value.dtype == "int":
-            return torch.tensor(self.dialect.hints[value.name])
+            hint = self.dialect.hints[value.name]
+            return torch.tensor(max(1, hint // 2) if smaller else hint)
         sizes = [size if isinstance(size, int) else self.dialect.hints[size] for size in value.shape]
+        if smaller:
+            sizes = [size if axis == value.axis else max(1, size // 2) for axis, size in enumerate(sizes)]
         dtype = getattr(torch, value.dtype)
         if value.layout is None or value.axis is None:
             return torch.ones(sizes, dtype=dtype)
@@ -137,4 +159,5 @@ def _columns(op: Op, shape: tuple[int, ...], operand: int) -> npt.NDArray[np.int
 
 def _uniform(flat: Values, eps: float) -> npt.NDArray[np.bool_]:
     least, most = flat.min(1), flat.max(1)
-    return np.isfinite(least) & (most - least <= 16 * eps * np.abs(most))
+    with np.errstate(invalid="ignore"):  # of infinite ones, which are no constants
+        return np.isfinite(least) & (most - least <= 16 * eps * np.abs(most))

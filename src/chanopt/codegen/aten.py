@@ -43,6 +43,8 @@ def resolve(target: str) -> Callable[..., Any]:
     """
     namespace, _, rest = target.partition(".")
     try:
+        if namespace == "torch" and rest.startswith("sym_"):
+            return getattr(torch, rest)
         if namespace == "operator":
             return getattr(operator, rest)
         packet, _, overload = rest.rpartition(".")
@@ -142,6 +144,8 @@ def _per_channel(arg: Arg, channels: int, program: Program) -> Any:
     if not isinstance(arg, Param):
         return arg
     tensor = program.weights[arg.name].detach()
+    if tensor.is_complex():
+        return None
     if tensor.numel() not in (1, channels) or (tensor.numel() != 1 and arg.out is None):
         return None
     return tensor.double().cpu().numpy().reshape(-1)
@@ -168,7 +172,13 @@ def _arithmetic(make: Callable[[Any, Any], tuple[Any, Any]]) -> Affine:
 _ADD = _arithmetic(lambda other, alpha: (1.0, other * alpha))
 _SUB = _arithmetic(lambda other, alpha: (1.0, -other * alpha))
 _MUL = _arithmetic(lambda other, _: (other, 0.0))
-_DIV = _arithmetic(lambda other, _: (1.0 / other, 0.0))
+
+
+def _div(operands: list[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:
+    zero = isinstance(operands[0], int | float | np.ndarray) and bool(np.any(np.asarray(operands[0]) == 0))
+    return None if zero else _arithmetic(lambda other, _: (1.0 / other, 0.0))(operands, kwargs)
+
+
 _NEUTRAL = {"aten.add.Tensor": 0.0, "aten.sub.Tensor": 0.0, "aten.mul.Tensor": 1.0, "aten.div.Tensor": 1.0}
 _COMMUTATIVE = frozenset({"aten.add.Tensor", "aten.mul.Tensor"})
 _AFFINE: dict[str, Affine] = {
@@ -176,7 +186,7 @@ _AFFINE: dict[str, Affine] = {
     "aten.add.Tensor": _ADD,
     "aten.sub.Tensor": _SUB,
     "aten.mul.Tensor": _MUL,
-    "aten.div.Tensor": _DIV,
+    "aten.div.Tensor": _div,
 }
 
 
@@ -202,10 +212,29 @@ class _Emitter:
         for op in self.program.ops:
             self.op(op)
         write_in_place(self.graph, self.shapes)
+        self.guard_batch()
         self.graph.set_codegen(PyTreeCodeGen(info))
         module = fx.GraphModule(self.root, self.graph, class_name="ChanoptModule")
         module.graph.lint()
         return module.eval()
+
+    def guard_batch(self) -> None:
+        """A graph of one batch size takes no other: what it computes would be something else, without a word."""
+        sources = [self.program.values[op.result] for op in self.program.ops if op.kind is Kind.SOURCE]
+        if any(isinstance(size, str) for value in sources for size in value.shape):
+            return
+        batch = self.program.batch
+        last = next(reversed(self.graph.find_nodes(op="placeholder")), None)
+        if last is None:
+            return
+        with self.graph.inserting_before(last.next):
+            for value in sources:
+                if len(value.shape) < 2 or value.shape[0] != batch:
+                    continue
+                size = self.graph.call_function(aten.sym_size.int, (self.nodes[value.name], 0))
+                same = self.graph.call_function(operator.eq, (size, batch))
+                told = f"expected a batch of {batch}: the model was captured with this one, its code fixes the size"
+                self.graph.call_function(torch._assert, (same, told))  # pyright: ignore[reportPrivateUsage]
 
     def op(self, op: Op) -> None:
         if op.kind is Kind.SOURCE:
@@ -269,7 +298,7 @@ class _Emitter:
             return self.pick(node, [self.size(value, other) for other in range(1, axis)], index)
         return self.graph.call_function(aten.index_select.default, (node, axis, index))
 
-    def pick(self, node: fx.Node, sizes: list[int | fx.Node], index: fx.Node) -> fx.Node:
+    def pick(self, node: fx.Node, sizes: list[fx.Node], index: fx.Node) -> fx.Node:
         """Channels of a tensor that has them on its last axis, behind the batch and the given sizes.
 
         On a CPU index_select on the last of two axes is as fast as a copy, and on the last of more many times slower
@@ -279,10 +308,9 @@ class _Emitter:
         taken = self.graph.call_function(aten.index_select.default, (rows, 1, index))
         return self.graph.call_function(aten.unflatten.int, (taken, 0, [-1, *sizes]))
 
-    def size(self, value: str, axis: int) -> int | fx.Node:
-        """A size of a value: a number, or a node where it is only known at run time."""
-        size = self.program.values[value].shape[axis]
-        return size if isinstance(size, int) else self.graph.call_function(aten.sym_size.int, (self.nodes[value], axis))
+    def size(self, value: str, axis: int) -> fx.Node:
+        """A size of a value, at run time: a fully convolutional model takes images of other sizes."""
+        return self.graph.call_function(aten.sym_size.int, (self.nodes[value], axis))
 
     def axis(self, value: str) -> int:
         axis = self.program.values[value].axis

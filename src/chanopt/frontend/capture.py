@@ -60,6 +60,8 @@ def capture(
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs or {})) if isinstance(leaf, torch.Tensor)]
     batch = next((t.shape[0] for t in tensors if t.ndim), 1)
     channels_last = any(_is_channels_last(t) for t in tensors)
+    if batch == 0:
+        raise CaptureError("expected example inputs with at least one image, found a batch of none")
     if isinstance(model, ExportedProgram):
         return Captured("ExportedProgram", _functional(model), batch, bool(model.range_constraints), channels_last)
     _require_eval(model)
@@ -169,15 +171,18 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Generator[None, None, None]:
-    """Put back the plain tensor attributes that forward hooks (torch.nn.utils.prune) overwrite while tracing."""
-    kept = [
-        (module, {k: v for k, v in vars(module).items() if isinstance(v, torch.Tensor)}) for module in model.modules()
-    ]
+    """Put back the attributes that are set while tracing, to tensors without values.
+
+    Forward hooks (torch.nn.utils.prune) set them, and a forward that keeps its features.
+    """
+    kept = [(module, dict(vars(module))) for module in model.modules()]
     try:
         yield
     finally:
-        for module, tensors in kept:
-            vars(module).update(tensors)
+        for module, attributes in kept:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,9 +13,9 @@ from torch import fx
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from chanopt.codegen.aten import AtenDialect
+from chanopt.codegen.aten import AtenDialect, resolve
 from chanopt.codegen.torch_names import OpOverload, parameters, pytree_info
-from chanopt.errors import CaptureError, LoweringError
+from chanopt.errors import CaptureError, IRError, LoweringError
 from chanopt.frontend.capture import Captured
 from chanopt.frontend.trace_names import layer_of, source_of
 from chanopt.ir import (
@@ -209,7 +209,7 @@ class Lowering:
 
     def size_hint(self, size: int | str) -> int:
         """A size of a value; of a symbolic one, what it was when the model was traced."""
-        return size if isinstance(size, int) else self.sources[size].hint
+        return size if isinstance(size, int) else self.hints[size]
 
     def _producer(self, name: str) -> Op:
         return next(op for op in reversed(self.ops) if op.result == name)
@@ -300,6 +300,8 @@ class Lowering:
         rule = self.rules.get(call.target)
         if rule is None:
             return self.barrier(call, "no channel rule for this operator" if _touches(call) else None)
+        if call.dtype.is_complex:
+            return self.barrier(call, "it computes with complex numbers")
         try:
             made = rule(self, call)
         except _NotATensor:
@@ -349,6 +351,8 @@ def lower_captured(captured: Captured, rules: Mapping[str, Rule], *, strict: boo
 
     Raises:
         LoweringError: with ``strict``, at the first operator whose effect on channels is unknown.
+        CaptureError: the graph has a size that depends on data, an operator that is no function of tensors, or an
+            output of a structure that cannot be written down.
     """
     lowering = Lowering(rules, captured.batch, strict)
     graph = captured.graph.graph
@@ -356,9 +360,7 @@ def lower_captured(captured: Captured, rules: Mapping[str, Rule], *, strict: boo
         lowering.node(node, captured.graph)
     info = pytree_info(graph)
     assert info.out_spec is not None  # torch.export records the structure of the outputs
-    interface = Interface(
-        pytree.treespec_dumps(info.in_spec), pytree.treespec_dumps(info.out_spec), tuple(info.orig_args)
-    )
+    interface = Interface(_written(info.in_spec), _written(info.out_spec), tuple(info.orig_args))
     plain = _plain_symbols(lowering.values)
     values = {n: replace(v, shape=tuple(map(plain, v.shape))) for n, v in lowering.values.items()}
     program = Program(
@@ -372,7 +374,31 @@ def lower_captured(captured: Captured, rules: Mapping[str, Rule], *, strict: boo
         next((tensor.device.type for tensor in lowering.weights.values()), "cpu"),
         AtenDialect({str(plain(text)): hint for text, hint in lowering.hints.items()}),
     )
+    _require_operators(program)
     return without_dead_ops(program)
+
+
+def _written(spec: pytree.TreeSpec) -> str:
+    try:
+        return pytree.treespec_dumps(spec)
+    except NotImplementedError as error:
+        raise CaptureError(f"expected inputs and outputs of a known structure, found: {_line(error)}") from error
+
+
+def _require_operators(program: Program) -> None:
+    for op in program.ops:
+        if op.kind in (Kind.SOURCE, Kind.SINK) or op.target == "alias":
+            continue
+        try:
+            resolve(op.target)
+        except IRError as error:
+            raise CaptureError(
+                f"expected operators on tensors, found {op.target} in layer {op.layer or '-'}"
+            ) from error
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def _plain_symbols(values: Mapping[str, Value]) -> Callable[[int | str], int | str]:
@@ -422,7 +448,13 @@ def _call(
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    if isinstance(size, int):
+        return size
+    if size.node.hint is None:
+        raise CaptureError(
+            f"expected sizes that follow from those of the inputs, found one that depends on data: {size}"
+        )
+    return int(size.node.hint)
 
 
 # One spelling for ops that differ only in what they ask of memory: clones are dropped, so a view may need a copy.
@@ -496,7 +528,15 @@ def _taken(item: fx.Node) -> int:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)
+    """Whether two tensors are one; a transposed view of a square weight begins where the weight does."""
+    if one is other:
+        return True
+    return (one.data_ptr(), one.shape, one.stride(), one.dtype) == (
+        other.data_ptr(),
+        other.shape,
+        other.stride(),
+        other.dtype,
+    )
 
 
 def _position(user: fx.Node, node: fx.Node) -> int:

@@ -42,7 +42,8 @@ def apply_masks(program: Program, masks: Any, modules: Iterable[str]) -> Program
     Raises:
         MaskError: no such module, a module that is neither conv nor linear, or a channel out of range.
     """
-    if not isinstance(masks, Mapping) or not all(isinstance(mask, Mask) for mask in masks.values()):
+    named = isinstance(masks, Mapping) and all(isinstance(name, str) for name in masks)
+    if not named or not all(isinstance(mask, Mask) for mask in masks.values()):
         raise MaskError("expected masks as {module name: chanopt.Mask(inputs=..., outputs=...)}, found something else")
     layers: dict[str, list[Op]] = {}
     for op in program.ops:
@@ -52,6 +53,10 @@ def apply_masks(program: Program, masks: Any, modules: Iterable[str]) -> Program
     for name, mask in masks.items():
         if name not in layers:
             raise MaskError(_unknown(name, set(modules), set(layers)))
+        if len({weight_param(op).name for op in layers[name]}) > 1:
+            raise MaskError(
+                f"expected a module with one weight for a mask, found that {name!r} has several; zero them by hand"
+            )
         for op in layers[name][:1]:  # a module that is used twice has one weight
             _zero(op, program, mask, weights)
     return program.evolve(weights=weights)

@@ -56,9 +56,17 @@ def optimize_parts(
             if not children:
                 refusals.append(Refusal(type(module).__name__, name, "", str(reason)))
             continue
+        _keep_attributes(fast, module)
         setattr(owner, name.rpartition(".")[2], fast)
         reports[name] = report
     return whole, merged(type(model).__name__, reports, tuple(refusals))
+
+
+def _keep_attributes(fast: nn.Module, module: nn.Module) -> None:
+    """Give the optimised part the plain attributes of the part, which the code around it may read (``conv.stride``)."""
+    for name, value in vars(module).items():
+        if not name.startswith("_") and not isinstance(value, torch.Tensor) and not hasattr(fast, name):
+            setattr(fast, name, value)
 
 
 def _recorded(

@@ -302,6 +302,8 @@ def concat(low: Lowering, call: Call) -> Made:
         return Refused("it concatenates a parameter")
     dim: int = given % len(call.shape)
     values = [low.tensor(t) for t in tensors if not _is_empty(t)]
+    if len({value.dtype for value in values}) > 1:
+        return Refused("it concatenates tensors of different types")
     axes = {value.axis for value in values} - {None}
     if dim not in axes and len(axes) == 1:
         axis = axes.pop()
@@ -337,6 +339,9 @@ def rearrangement(low: Lowering, call: Call) -> Made:
         return low.add(call, Kind.BARRIER, (low.literal(operand), *(low.literal(arg) for arg in rest)), None)
     shape = tuple(low.size_hint(size) for size in base.shape)
     before = operand.numbers if isinstance(operand, Moved) else addresses(shape)
+    if call.target in _SQUEEZES:
+        call = _squeezed(call, tuple(before.shape))
+        operand, *rest = call.args
     numbers = resolve(call.target)(before, *(_plain(arg) for arg in rest), **call.kwargs).contiguous()
     calls = (*(operand.calls if isinstance(operand, Moved) else ()), call)
     allowed = [axis for axis, size in enumerate(call.shape) if isinstance(size, int)]
@@ -344,6 +349,18 @@ def rearrangement(low: Lowering, call: Call) -> Made:
     if found is None or not (found.pure or (len(calls) == 1 and _takes_all(found, base))):
         return Moved(base, calls, numbers)
     return _moved(low, call, base, found)
+
+
+_SQUEEZES = ("aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims")
+
+
+def _squeezed(call: Call, shape: tuple[int, ...]) -> Call:
+    """The call that names the axes it takes away: a channel axis that is cut down to one must stay."""
+    given = call.args[1] if len(call.args) > 1 else tuple(range(len(shape)))
+    axes = [given] if isinstance(given, int) else list(given)
+    ones = {axis for axis, size in enumerate(shape) if size == 1}
+    named = tuple(sorted({axis % max(1, len(shape)) for axis in axes} & ones))
+    return replace(call, target="aten.squeeze.dims", args=(call.args[0], named))
 
 
 def _takes_all(found: Rearranged, base: Value) -> bool:
