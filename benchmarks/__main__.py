@@ -24,7 +24,7 @@ COMMANDS = {
     "docs": "write docs/results.md from the committed JSON",
     "page": "write one HTML page with plots from the committed JSON",
 }
-_OTHERS = {"sweep": "benchmarks.sweep", "speed": "benchmarks.speed"}
+_OTHERS = {"sweep": "benchmarks.sweep", "speed": "benchmarks.speed", "accuracy": "benchmarks.accuracy"}
 """Commands with a grammar of their own."""
 
 

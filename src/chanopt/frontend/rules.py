@@ -356,11 +356,12 @@ _SQUEEZES = ("aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims")
 
 def _squeezed(call: Call, shape: tuple[int, ...]) -> Call:
     """The call that names the axes it takes away: a channel axis that is cut down to one must stay."""
-    given = call.args[1] if len(call.args) > 1 else tuple(range(len(shape)))
+    operand, *rest = call.args
+    given = rest[0] if rest else tuple(range(len(shape)))
     axes = [given] if isinstance(given, int) else list(given)
     ones = {axis for axis, size in enumerate(shape) if size == 1}
     named = tuple(sorted({axis % max(1, len(shape)) for axis in axes} & ones))
-    return replace(call, target="aten.squeeze.dims", args=(call.args[0], named))
+    return replace(call, target="aten.squeeze.dims", args=(operand, named))
 
 
 def _takes_all(found: Rearranged, base: Value) -> bool:
