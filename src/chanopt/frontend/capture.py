@@ -99,7 +99,7 @@ def _export(
         try:
             return _attempt(model, partial(_export_dynamic, model, args, kwargs, shares)), True
         except CaptureError as error:
-            _LOG.info("no dynamic batch for %s: %s", type(model).__name__, _first_line(error.__cause__ or error))
+            _LOG.info("no dynamic batch for %s: %s", type(model).__name__, first_line(error.__cause__ or error))
     return _attempt(model, partial(export, model, args, kwargs, strict=False)), False
 
 
@@ -110,7 +110,7 @@ def _attempt(model: nn.Module, make: Callable[[], ExportedProgram]) -> ExportedP
     except Exception as error:
         raise CaptureError(
             f"expected torch.export to capture {type(model).__name__}, "
-            f"found {type(error).__name__}: {_first_line(error)}"
+            f"found {type(error).__name__}: {first_line(error)}"
         ) from error
 
 
@@ -148,7 +148,7 @@ def _functional(exported: ExportedProgram) -> fx.GraphModule:
         module = functional.module(check_guards=False)
     except Exception as error:
         raise CaptureError(
-            f"expected torch.export to make the graph functional, found {type(error).__name__}: {_first_line(error)}"
+            f"expected torch.export to make the graph functional, found {type(error).__name__}: {first_line(error)}"
         ) from error
     mutated = sorted({*functional.graph_signature.buffers_to_mutate.values()})
     if mutated:
@@ -185,5 +185,6 @@ def _untouched(model: nn.Module) -> Generator[None, None, None]:
             vars(module).update(attributes)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message: torch's are pages long."""
     return (str(error).strip().splitlines() or [""])[0][:200]

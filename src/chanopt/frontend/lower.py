@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from chanopt.codegen.aten import AtenDialect, resolve
 from chanopt.codegen.torch_names import OpOverload, parameters, pytree_info
 from chanopt.errors import CaptureError, IRError, LoweringError
-from chanopt.frontend.capture import Captured
+from chanopt.frontend.capture import Captured, first_line
 from chanopt.frontend.trace_names import layer_of, source_of
 from chanopt.ir import (
     Access,
@@ -382,7 +382,7 @@ def _written(spec: pytree.TreeSpec) -> str:
     try:
         return pytree.treespec_dumps(spec)
     except NotImplementedError as error:
-        raise CaptureError(f"expected inputs and outputs of a known structure, found: {_line(error)}") from error
+        raise CaptureError(f"expected inputs and outputs of a known structure, found: {first_line(error)}") from error
 
 
 def _require_operators(program: Program) -> None:
@@ -395,10 +395,6 @@ def _require_operators(program: Program) -> None:
             raise CaptureError(
                 f"expected operators on tensors, found {op.target} in layer {op.layer or '-'}"
             ) from error
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def _plain_symbols(values: Mapping[str, Value]) -> Callable[[int | str], int | str]:
@@ -529,14 +525,11 @@ def _taken(item: fx.Node) -> int:
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are one; a transposed view of a square weight begins where the weight does."""
-    if one is other:
-        return True
-    return (one.data_ptr(), one.shape, one.stride(), one.dtype) == (
-        other.data_ptr(),
-        other.shape,
-        other.stride(),
-        other.dtype,
-    )
+    return one is other or _memory(one) == _memory(other)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _position(user: fx.Node, node: fx.Node) -> int:

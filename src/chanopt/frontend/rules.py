@@ -339,9 +339,6 @@ def rearrangement(low: Lowering, call: Call) -> Made:
         return low.add(call, Kind.BARRIER, (low.literal(operand), *(low.literal(arg) for arg in rest)), None)
     shape = tuple(low.size_hint(size) for size in base.shape)
     before = operand.numbers if isinstance(operand, Moved) else addresses(shape)
-    if call.target in _SQUEEZES:
-        call = _squeezed(call, tuple(before.shape))
-        operand, *rest = call.args
     numbers = resolve(call.target)(before, *(_plain(arg) for arg in rest), **call.kwargs).contiguous()
     calls = (*(operand.calls if isinstance(operand, Moved) else ()), call)
     allowed = [axis for axis, size in enumerate(call.shape) if isinstance(size, int)]
@@ -351,17 +348,16 @@ def rearrangement(low: Lowering, call: Call) -> Made:
     return _moved(low, call, base, found)
 
 
-_SQUEEZES = ("aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims")
-
-
-def _squeezed(call: Call, shape: tuple[int, ...]) -> Call:
-    """The call that names the axes it takes away: a channel axis that is cut down to one must stay."""
+def squeeze(low: Lowering, call: Call) -> Made:
+    """A rearrangement that names the axes it takes away: a channel axis that is cut down to one must stay."""
     operand, *rest = call.args
-    given = rest[0] if rest else tuple(range(len(shape)))
-    axes = [given] if isinstance(given, int) else list(given)
-    ones = {axis for axis, size in enumerate(shape) if size == 1}
-    named = tuple(sorted({axis % max(1, len(shape)) for axis in axes} & ones))
-    return replace(call, target="aten.squeeze.dims", args=(operand, named))
+    if not isinstance(operand, Value | Moved):
+        return rearrangement(low, call)
+    sizes = operand.numbers.shape if isinstance(operand, Moved) else [low.size_hint(size) for size in operand.shape]
+    given = rest[0] if rest else range(len(sizes))
+    axes = {axis % max(1, len(sizes)) for axis in ([given] if isinstance(given, int) else given)}
+    named = tuple(axis for axis, size in enumerate(sizes) if size == 1 and axis in axes)
+    return rearrangement(low, replace(call, target="aten.squeeze.dims", args=(operand, named)))
 
 
 def _takes_all(found: Rearranged, base: Value) -> bool:
@@ -456,7 +452,7 @@ _PADS = """
     replication_pad3d
 """
 _REARRANGEMENTS = """
-    reshape permute transpose.int t unsqueeze squeeze squeeze.dim squeeze.dims flatten.using_ints
+    reshape permute transpose.int t unsqueeze flatten.using_ints
     unflatten.int expand broadcast_to slice.Tensor select.int narrow flip roll repeat repeat_interleave.self_int
     movedim.int movedim.intlist swapaxes pixel_unshuffle channel_shuffle native_channel_shuffle rot90 tile
 """
@@ -484,6 +480,7 @@ RULES: dict[str, Rule] = {
     **_entries(_PADS, pad),
     "aten.cat.default": concat,
     **_entries(_REARRANGEMENTS, rearrangement),
+    **_entries("squeeze squeeze.dim squeeze.dims", squeeze),
     **_entries("index_select index.Tensor", selection),
     "aten.pixel_shuffle.default": pixel_shuffle,
     **_entries("clone alias detach contiguous lift_fresh_copy dropout feature_dropout alpha_dropout", unchanged),
