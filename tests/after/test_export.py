@@ -70,7 +70,9 @@ def test_aot_inductor(slim: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.filterwarnings("ignore")  # torch and the compilers behind it, on themselves
 def test_onnx(slim: Any, tmp_path: Path) -> None:
-    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    import onnx
+    import onnxruntime
+
     path = tmp_path / "slim.onnx"
     torch.onnx.export(exported(slim), dynamo=True, verbose=False).save(path)
     kinds = Counter(node.op_type for node in onnx.load(path).graph.node)

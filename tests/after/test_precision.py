@@ -122,7 +122,6 @@ def test_channels_last(pair: tuple[nn.Module, fx.GraphModule], x: Tensor, when: 
 def test_pt2e_int8(pair: tuple[nn.Module, fx.GraphModule], x: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchao on its own optional libraries
-        pytest.importorskip("torchao")
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
         from torchao.testing.pt2e._xnnpack_quantizer import XNNPACKQuantizer, get_symmetric_quantization_config
 
