@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.docs import table
+from benchmarks.grid import table
 
 if TYPE_CHECKING:
     from benchmarks.accuracy import Record

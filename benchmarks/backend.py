@@ -34,9 +34,10 @@ from torch._dynamo.utils import counters
 from tqdm import tqdm
 
 from benchmarks import peers, zoo
+from benchmarks.grid import table
 from benchmarks.masks import Setting, build_masked
 from benchmarks.measure import MAX_ERROR32, describe, relative_error
-from benchmarks.speed import Arm, Spread, machine, ratio, time_arms
+from benchmarks.speed import COMPARED_HEADS, Arm, Compared, Spread, compared, machine, time_arms
 
 RIGHT: tuple[str, ...] = zoo.ALL
 FAST: tuple[str, ...] = ("resnet50", "densenet121", "googlenet", "mobilenet_v2")
@@ -79,16 +80,9 @@ class Right:
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
-    """One network. Times in milliseconds, ratios of times within a round; below 1 is faster than the other."""
+class Speed(Compared):
+    """One network, all arms through Inductor."""
 
-    model: str
-    dense_ms: Spread
-    upscale_ms: Spread
-    chanopt_ms: Spread
-    upscale_mode: str
-    to_upscale: Spread
-    to_dense: Spread
     error: float
 
 
@@ -144,17 +138,7 @@ def speed(name: str, *, amount: float, rounds: int, resolution: int | None) -> S
         expected = model(*inputs)
         taken = time_arms(arms, inputs, rounds)
         error = relative_error(lambda *_: expected, fast, inputs)
-    best = min(("index", "runs"), key=lambda mode: statistics.median(taken[mode]))
-    return Speed(
-        model=name,
-        dense_ms=Spread.of(taken["dense"]),
-        upscale_ms=Spread.of(taken[best]),
-        chanopt_ms=Spread.of(taken["chanopt"]),
-        upscale_mode=best,
-        to_upscale=ratio(taken["chanopt"], taken[best]),
-        to_dense=ratio(taken["chanopt"], taken["dense"]),
-        error=error,
-    )
+    return Speed(**compared(name, taken), error=error)
 
 
 def _inductor(model: nn.Module) -> Arm:
@@ -188,7 +172,7 @@ def right_page(rows: Sequence[Right]) -> list[str]:
     failed = [f"- {row.model}: {row.exception}" for row in rows if row.exception]
     within = sum(row.holds for row in rows)
     told = f"{within} of {len(rows)} give the masked network's outputs within {MAX_ERROR32:.0e} with fewer operations."
-    return ["## Outputs, graphs, operations", _CALLED, _table(heads, body), told, *failed]
+    return ["## Outputs, graphs, operations", _CALLED, table(heads, body), told, *failed]
 
 
 _CALLED = (
@@ -199,19 +183,8 @@ _CALLED = (
 
 def speed_page(rows: Sequence[Speed]) -> list[str]:
     """The table of part "speed", and its geometric means."""
-    heads = ["network", "masked, ms", "UPSCALE, ms", "chanopt, ms", "chanopt / UPSCALE", "chanopt / masked", "error"]
-    body = [
-        [
-            row.model,
-            row.dense_ms.format(1),
-            f"{row.upscale_ms.format(1)} {row.upscale_mode}",
-            row.chanopt_ms.format(1),
-            row.to_upscale.format(2),
-            row.to_dense.format(2),
-            f"{row.error:.0e}",
-        ]
-        for row in rows
-    ]
+    heads = [*COMPARED_HEADS, "error"]
+    body = [[*row.cells(), f"{row.error:.0e}"] for row in rows]
     means = [
         f"Geometric mean against {what}: {mean:.3f} (bound {bound})."
         for what, bound, mean in (
@@ -220,16 +193,11 @@ def speed_page(rows: Sequence[Speed]) -> list[str]:
         )
     ]
     told = "Medians, with quartiles in brackets; ratios within a round. All through Inductor with frozen weights."
-    return ["## Speed", told, _table(heads, body), *means]
+    return ["## Speed", told, table(heads, body), *means]
 
 
 def _mean(spreads: Sequence[Spread]) -> float:
     return statistics.geometric_mean([spread.median for spread in spreads])
-
-
-def _table(heads: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rule = [":--"] + ["--:"] * (len(heads) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [heads, rule, *body])
 
 
 def parser() -> argparse.ArgumentParser:

@@ -12,12 +12,13 @@ import argparse
 import csv
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import gate, jobs, run, scale, solver, survey
 from benchmarks.cases import Record
+from benchmarks.grid import table
 
 OUT = jobs.ROOT / "docs" / "results.md"
 
@@ -37,19 +38,6 @@ def load(folder: Path, name: str) -> Any:
     """What a command left in a folder; None if it was not run."""
     path = folder / name
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; the first column to the left, the others to the right.
-
-    >>> print(table(["a", "b"], [["x", 1]]))
-    | a | b |
-    | :-- | --: |
-    | x | 1 |
-    """
-    rule = [":--"] + ["--:"] * (len(heads) - 1)
-    body = [[str(cell) for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [list(heads), rule, *body])
 
 
 def markdown(folder: Path) -> str:

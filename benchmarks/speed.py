@@ -18,7 +18,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import peers, zoo
+from benchmarks.grid import table
 from benchmarks.masks import Setting, build_masked
 from benchmarks.measure import MAX_ERROR32, relative_error
 
@@ -63,14 +64,11 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
+class Compared:
     """One network. Times in milliseconds, ratios of times within a round; below 1 is faster than the other.
 
     Attributes:
         upscale_mode: the faster of UPSCALE's two ways of copying ("index" or "runs").
-        optimize_seconds, upscale_seconds: time to compile, capture of the graph excluded for chanopt and
-            tracing included for UPSCALE, which has no separate capture.
-        error: greatest relative difference between chanopt's outputs and the masked network's.
     """
 
     model: str
@@ -80,6 +78,46 @@ class Timing:
     upscale_mode: str
     to_upscale: Spread
     to_dense: Spread
+
+    def cells(self) -> list[str]:
+        """A line of a table, under :data:`COMPARED_HEADS`."""
+        return [
+            self.model,
+            self.dense_ms.format(1),
+            f"{self.upscale_ms.format(1)} {self.upscale_mode}",
+            self.chanopt_ms.format(1),
+            self.to_upscale.format(2),
+            self.to_dense.format(2),
+        ]
+
+
+COMPARED_HEADS = ("network", "masked, ms", "UPSCALE, ms", "chanopt, ms", "chanopt / UPSCALE", "chanopt / masked")
+
+
+def compared(model: str, taken: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The fields of :class:`Compared`, from the milliseconds of the arms "dense", "index", "runs" and "chanopt"."""
+    best = min(("index", "runs"), key=lambda mode: statistics.median(taken[mode]))
+    return {
+        "model": model,
+        "dense_ms": Spread.of(taken["dense"]),
+        "upscale_ms": Spread.of(taken[best]),
+        "chanopt_ms": Spread.of(taken["chanopt"]),
+        "upscale_mode": best,
+        "to_upscale": ratio(taken["chanopt"], taken[best]),
+        "to_dense": ratio(taken["chanopt"], taken["dense"]),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Timing(Compared):
+    """One network, and what compiling it took.
+
+    Attributes:
+        optimize_seconds, upscale_seconds: time to compile, capture of the graph excluded for chanopt and
+            tracing included for UPSCALE, which has no separate capture.
+        error: greatest relative difference between chanopt's outputs and the masked network's.
+    """
+
     capture_seconds: float
     optimize_seconds: float
     upscale_seconds: float
@@ -124,15 +162,8 @@ def measure(name: str, *, amount: float, rounds: int, resolution: int | None) ->
     index, runs = peers.export(model, inputs, "index"), peers.export(model, inputs, "runs")
     arms: dict[str, Arm] = {"dense": model, "index": index.module, "runs": runs.module, "chanopt": fast}
     taken = time_arms(arms, inputs, rounds)
-    best = min(("index", "runs"), key=lambda mode: statistics.median(taken[mode]))
     return Timing(
-        model=name,
-        dense_ms=Spread.of(taken["dense"]),
-        upscale_ms=Spread.of(taken[best]),
-        chanopt_ms=Spread.of(taken["chanopt"]),
-        upscale_mode=best,
-        to_upscale=ratio(taken["chanopt"], taken[best]),
-        to_dense=ratio(taken["chanopt"], taken["dense"]),
+        **compared(name, taken),
         capture_seconds=seconds["capture"],
         optimize_seconds=seconds["optimize"],
         upscale_seconds=index.seconds,
@@ -161,28 +192,13 @@ def _processor() -> str:
 
 def markdown(timings: Sequence[Timing], on: dict[str, str], conditions: str) -> str:
     """The page of results."""
-    heads = ["network", "masked, ms", "UPSCALE, ms", "chanopt, ms", "chanopt / UPSCALE", "chanopt / masked"]
-    heads += ["optimise, s", "UPSCALE, s", "error"]
-    body = [
-        [
-            t.model,
-            t.dense_ms.format(1),
-            f"{t.upscale_ms.format(1)} {t.upscale_mode}",
-            t.chanopt_ms.format(1),
-            t.to_upscale.format(2),
-            t.to_dense.format(2),
-            f"{t.optimize_seconds:.2f}",
-            f"{t.upscale_seconds:.2f}",
-            f"{t.error:.0e}",
-        ]
-        for t in timings
-    ]
-    table = [heads, [":--"] + ["--:"] * (len(heads) - 1), *body]
+    heads = [*COMPARED_HEADS, "optimise, s", "UPSCALE, s", "error"]
+    body = [[*t.cells(), f"{t.optimize_seconds:.2f}", f"{t.upscale_seconds:.2f}", f"{t.error:.0e}"] for t in timings]
     parts = [
         "# Speed",
         conditions + " Medians, with quartiles in brackets; ratios within a round.",
         "\n".join(f"- {key}: {value}" for key, value in on.items()),
-        "\n".join("| " + " | ".join(cells) + " |" for cells in table),
+        table(heads, body),
         *verdicts(timings),
     ]
     return "\n\n".join(parts) + "\n"

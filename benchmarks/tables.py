@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks import grid
 from benchmarks.measure import Row
 from benchmarks.zoo import ALL
 
@@ -130,9 +131,7 @@ def _grid(lines: list[dict[str, str]]) -> str:
     if not lines:
         return ""
     heads = list(lines[0])
-    body = [[line[head] for head in heads] for line in lines]
-    rule = [":--"] + ["--:"] * (len(heads) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [[h.strip() for h in heads], rule, *body])
+    return grid.table([head.strip() for head in heads], ([line[head] for head in heads] for line in lines))
 
 
 def _number(value: Any, form: str, scale: float = 1.0) -> str:

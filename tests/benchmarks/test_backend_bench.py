@@ -1,0 +1,38 @@
+"""The benchmark of the torch.compile backend: what it records, and what its page says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.backend import Right, Speed, main, right_page, speed_page
+from benchmarks.speed import Spread, compared
+
+
+def test_a_network_that_is_right_is_recorded_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "backend.json"
+    assert main(["--models", "squeezenet1_1", "--part", "right", "--small", "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["right"]
+    assert row["model"] == "squeezenet1_1"
+    assert row["error"] < 1e-4
+    assert (row["graphs"], row["slim"], row["breaks"], row["exception"]) == (1, 1, 0, "")
+    assert 0 < row["macs"] < row["macs_dense"]
+    assert "1 of 1 give the masked network's outputs" in out.with_suffix(".md").read_text()
+    assert "squeezenet1_1" in capsys.readouterr().out
+
+
+def test_a_network_that_fails_is_named_with_its_error() -> None:
+    page = "\n".join(right_page([Right("resnet18", exception="ValueError: no")]))
+    assert "0 of 1 give" in page
+    assert "- resnet18: ValueError: no" in page
+
+
+def test_the_faster_of_upscales_ways_counts_and_the_page_says_which() -> None:
+    taken = {"dense": [8.0, 8.0], "index": [5.0, 5.0], "runs": [4.0, 4.0], "chanopt": [2.0, 2.0]}
+    row = Speed(**compared("resnet18", taken), error=1e-7)
+    assert (row.upscale_mode, row.to_upscale, row.to_dense) == ("runs", Spread.of([0.5] * 2), Spread.of([0.25] * 2))
+    page = "\n".join(speed_page([row]))
+    assert "4.0 [4.0, 4.0] runs" in page
+    assert "against UPSCALE: 0.500 (bound 0.8)" in page
