@@ -20,6 +20,7 @@ COMMANDS = {
     "survey": "the survey of UPSCALE's exporter again, with chanopt beside it",
     "solver": "orders of channels: our optimum, the greedy order, the natural one",
     "scale": "time and memory of compiling, against depth and width",
+    "backend": "the torch.compile backend: outputs, graphs, speed under Inductor",
     "gate": "counts of the zoo against the committed ones",
     "docs": "write docs/results.md from the committed JSON",
     "page": "write one HTML page with plots from the committed JSON",

@@ -1,8 +1,8 @@
 """The torch.compile backend: is it right, how often does it compile, and how fast is what it compiles.
 
-    python -m benchmarks.backend
-    python -m benchmarks.backend --models resnet18 shufflenet_v2_x0_5 --part right --small
-    python -m benchmarks.backend --models resnet18 --part speed --rounds 10
+    python -m benchmarks backend
+    python -m benchmarks backend --models resnet18 shufflenet_v2_x0_5 --part right --small
+    python -m benchmarks backend --models resnet18 --part speed --rounds 10
 
 Part "right": every network with masks on inputs and outputs, called at four batch sizes through
 ``torch.compile(backend="chanopt")``, eager behind it; compared with the masked network.
@@ -12,7 +12,7 @@ Part "speed": CPU, batch 1, one thread, float32, input masks. ``backend="chanopt
 arms are called in turn, as in `benchmarks.speed`; of UPSCALE's two ways of copying, the faster one on each network
 counts.
 
-Tables and all figures go to OUT (JSON) and to the same name with .md.
+Every network has a process of its own. Tables go to the name of OUT (JSON) with .md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from tqdm import tqdm
 
-from benchmarks import peers, zoo
+from benchmarks import jobs, peers, zoo
 from benchmarks.grid import table
 from benchmarks.masks import Setting, build_masked
 from benchmarks.measure import MAX_ERROR32, describe, relative_error
@@ -41,7 +40,7 @@ from benchmarks.speed import COMPARED_HEADS, Arm, Compared, Spread, compared, ma
 
 RIGHT: tuple[str, ...] = zoo.ALL
 FAST: tuple[str, ...] = ("resnet50", "densenet121", "googlenet", "mobilenet_v2")
-OUT = Path(__file__).resolve().parent / "results" / "backend.json"
+OUT = jobs.RESULTS / "backend.json"
 
 BATCHES = (2, 3, 4, 1)
 TO_UPSCALE = 0.8
@@ -84,6 +83,12 @@ class Speed(Compared):
     """One network, all arms through Inductor."""
 
     error: float
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> Speed:
+        """What `dataclasses.asdict` made a mapping of."""
+        fields: dict[str, Any] = {k: Spread(**item) if isinstance(item, Mapping) else item for k, item in row.items()}
+        return cls(**fields)
 
 
 def right(name: str, *, amount: float, resolution: int | None) -> Right:
@@ -200,9 +205,8 @@ def _mean(spreads: Sequence[Spread]) -> float:
     return statistics.geometric_mean([spread.median for spread in spreads])
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(prog="python -m benchmarks.backend", description=(__doc__ or "").split("\n")[0])
+def add_arguments(made: argparse.ArgumentParser) -> None:
+    """The command's own arguments."""
     made.add_argument(
         "--models", nargs="+", choices=zoo.ALL, metavar="NAME", help="networks (default: each part's own)"
     )
@@ -211,41 +215,71 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=40, help="timed calls of each arm, at least 2")
     made.add_argument("--small", action="store_true", help="part right at the least resolution each network accepts")
     made.add_argument("--resolution", type=int, help="image size in pixels (default: the network's own)")
-    made.add_argument("--out", type=Path, default=OUT)
-    return made
+    made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 1 if an output differs or a network failed, 0 otherwise, whatever the times are."""
-    args = parser().parse_args(arguments)
+def right_jobs(args: argparse.Namespace) -> list[jobs.Job]:
+    """The processes of part "right", slow ones first, so that the last does not run alone."""
+    return [_job("right", name, args) for name in reversed(args.models or RIGHT)] if args.part != "speed" else []
+
+
+def speed_jobs(args: argparse.Namespace) -> list[jobs.Job]:
+    """The processes of part "speed"."""
+    return [_job("speed", name, args) for name in args.models or FAST] if args.part != "right" else []
+
+
+def _job(part: str, name: str, args: argparse.Namespace) -> jobs.Job:
+    words = ["--part", part, "--models", name, "--amount", str(args.amount), "--rounds", str(args.rounds)]
+    words += ["--small"] if args.small and part == "right" else []
+    words += ["--resolution", str(args.resolution)] if args.resolution else []
+    return jobs.Job(" ".join(words), ("benchmarks", "backend", "--worker", *words))
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command: 1 if an output differs or a network failed, 0 otherwise, whatever the times are."""
+    if args.worker:
+        return _work(args)
+    checks, timings = right_jobs(args), speed_jobs(args)
+    rows: list[jobs.Line] = []
+    # Apart, because timings want the machine for themselves.
+    for part, todo, parallel in (("right", checks, args.jobs), ("speed", timings, 1)):
+        path = args.out.with_name(f"{args.out.stem}_{part}.jsonl")
+        if todo:
+            rows += jobs.run(todo, path, parallel=parallel, timeout=args.timeout, resume=args.resume, what=part)
+    return finish(rows, args.out, args.amount)
+
+
+def _work(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
-    checked: list[Right] = []
-    timed: list[Speed] = []
-    if args.part != "speed":
-        for name in tqdm(args.models or RIGHT, unit="network", disable=None):
+    for name in args.models:
+        if args.part == "right":
             size = zoo.entry(name).small if args.small else args.resolution
-            checked.append(right(name, amount=args.amount, resolution=size))
-    if args.part != "right":
-        timed = [
-            speed(name, amount=args.amount, rounds=args.rounds, resolution=args.resolution)
-            for name in tqdm(args.models or FAST, unit="network", disable=None)
-        ]
-    conditions = f"CPU, one thread, float32, {args.amount:.0%} of the channels of each layer masked."
+            row: Right | Speed = right(name, amount=args.amount, resolution=size)
+        else:
+            row = speed(name, amount=args.amount, rounds=args.rounds, resolution=args.resolution)
+        jobs.emit({"part": args.part, "row": asdict(row)})
+    return 0
+
+
+def finish(lines: Sequence[jobs.Line], out: Path, amount: float) -> int:
+    """Write the record and its page, print the page and what is not right; returns the exit code."""
+    order = {name: place for place, name in enumerate(zoo.ALL)}
+    found = sorted((line for line in lines if "row" in line), key=lambda line: order[line["row"]["model"]])
+    checked = [Right(**line["row"]) for line in found if line["part"] == "right"]
+    timed = [Speed.read(line["row"]) for line in found if line["part"] == "speed"]
+    lost = [f"{line['job']}: {line['exception']}" for line in lines if "row" not in line]
+    conditions = f"CPU, one thread, float32, {amount:.0%} of the channels of each layer masked."
     on = machine()
     parts = ["# The torch.compile backend", conditions, "\n".join(f"- {key}: {value}" for key, value in on.items())]
-    parts += [*(right_page(checked) if checked else []), *(speed_page(timed) if timed else [])]
+    parts += [*(right_page(checked) if checked else []), *(speed_page(timed) if timed else []), *lost]
     page = "\n\n".join(parts) + "\n"
     record = {"conditions": conditions, "machine": on, "right": [asdict(row) for row in checked]}
     record["speed"] = [asdict(row) for row in timed]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(page)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    out.with_suffix(".md").write_text(page)
     print(page)
     wrong = [row.model for row in checked if not row.holds] + [t.model for t in timed if not t.error <= MAX_ERROR32]
     if wrong:
         print(f"not right: {', '.join(wrong)}", file=sys.stderr)
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return 1 if wrong or lost else 0

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from benchmarks.backend import Right, Speed, main, right_page, speed_page
+from benchmarks.__main__ import main
+from benchmarks.backend import Right, Speed, finish, right_page, speed_page
 from benchmarks.speed import Spread, compared
 
 
 def test_a_network_that_is_right_is_recorded_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "backend.json"
-    assert main(["--models", "squeezenet1_1", "--part", "right", "--small", "--out", str(out)]) == 0
+    assert main(["backend", "--models", "squeezenet1_1", "--part", "right", "--small", "--out", str(out)]) == 0
     (row,) = json.loads(out.read_text())["right"]
     assert row["model"] == "squeezenet1_1"
     assert row["error"] < 1e-4
@@ -36,3 +38,16 @@ def test_the_faster_of_upscales_ways_counts_and_the_page_says_which() -> None:
     page = "\n".join(speed_page([row]))
     assert "4.0 [4.0, 4.0] runs" in page
     assert "against UPSCALE: 0.500 (bound 0.8)" in page
+
+
+def test_figures_survive_their_journey_between_processes_and_a_lost_network_is_named(tmp_path: Path) -> None:
+    row = Speed(**compared("resnet18", {arm: [2.0, 2.0] for arm in ("dense", "index", "runs", "chanopt")}), error=0.0)
+    sent = json.loads(json.dumps(asdict(row)))
+    assert Speed.read(sent) == row
+    lines = [
+        {"job": "a", "status": "ok", "part": "speed", "row": sent},
+        {"job": "b", "status": "lost", "exception": "no answer within 5 s"},
+    ]
+    assert finish(lines[:1], tmp_path / "b.json", 0.5) == 0
+    assert finish(lines, tmp_path / "b.json", 0.5) == 1
+    assert "b: no answer within 5 s" in (tmp_path / "b.md").read_text()
