@@ -68,11 +68,12 @@ def _upscale_runs(subject: Subject) -> Arm:
 
 
 def _exported(name: str, subject: Subject, mode: peers.Mode) -> Arm:
-    """UPSCALE counts in float32; its copies are restated for the element type in which it runs."""
-    exported = peers.export(subject.model, subject.inputs, mode)
+    """UPSCALE traces one image, and counts in float32; its copies are restated for the batch and the element type."""
+    batch = max(len(tensor) for tensor in subject.inputs)
+    exported = peers.export(subject.model, tuple(tensor[: len(tensor) // batch] for tensor in subject.inputs), mode)
     counts = exported.counts
-    itemsize = next(subject.model.parameters()).element_size()
-    planned = Copies(counts.n_copies, counts.channels_copied, counts.bytes_copied * itemsize // 4)
+    size = next(subject.model.parameters()).element_size() * batch
+    planned = Copies(counts.n_copies, counts.channels_copied, counts.bytes_copied * size // 4)
     return Arm(name, exported.module, planned, exported.seconds)
 
 
