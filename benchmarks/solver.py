@@ -5,8 +5,9 @@
     python -m benchmarks solver --store               # write benchmarks/corpus anew: random instances, zoo segments
 
 What is compared is the objective of the permutation program, the weight of the readers that gather (and of the
-edges that are cut). The greedy and the natural order use one order for all values of an instance, as they do in
-UPSCALE; where they break a pin or a block they are not counted (None).
+edges that are cut); in the family `touched`, the aligned blocks of 16 channels that readers touch. The greedy and the
+natural order use one order for all values of an instance, as they do in UPSCALE; where they break a pin or a block
+they are not counted (None).
 """
 
 from __future__ import annotations
@@ -91,7 +92,15 @@ def chain(random: Random, channels: int, readers: int) -> Instance:
     return Instance(channels, tuple(sets[:readers]), edges=tuple(edges))
 
 
+def touched(random: Random, channels: int, readers: int) -> Instance:
+    """Every reader keeps half of the channels and pays 1 for every aligned block of 16 that it touches."""
+    sets = [_some(random, np.arange(channels), 0.5) for _ in range(readers)]
+    return Instance(channels, tuple(Reader(f"reader {n}", tuple(s), 1, grain=16) for n, s in enumerate(sets)))
+
+
 FAMILIES: Mapping[str, Family] = {f.__name__: f for f in (independent, correlated, nested, concat, chain)}
+GRAINED: Mapping[str, Family] = {"touched": touched}
+"""Families of which no instance of many readers is proven: they are not in the corpus."""
 
 
 def make(family: str, channels: int, readers: int, seed: int) -> Instance:
@@ -100,7 +109,7 @@ def make(family: str, channels: int, readers: int, seed: int) -> Instance:
     Raises:
         KeyError: there is no such family.
     """
-    return FAMILIES[family](np.random.default_rng([seed, channels, readers]), channels, readers)
+    return {**FAMILIES, **GRAINED}[family](np.random.default_rng([seed, channels, readers]), channels, readers)
 
 
 def _some(random: Random, among: Any, share: float) -> list[int]:
@@ -121,7 +130,8 @@ class Comparison:
 
     Attributes:
         channels, readers: its size.
-        everything: what it pays if every reader gathers.
+        everything: what it pays if every reader gathers, or touches every block that it may.
+        floor: what its readers pay at least, each for itself: the blocks that its channels fill.
         objective, bound, optimal, seconds: ours.
         greedy, greedy_seconds, natural: the others; None for an order that breaks a pin or a block.
     """
@@ -129,6 +139,7 @@ class Comparison:
     channels: int
     readers: int
     everything: float
+    floor: float
     objective: float
     bound: float
     optimal: bool
@@ -142,6 +153,11 @@ class Comparison:
         """How far the objective may be from the least, as a share of it."""
         return (self.objective - self.bound) / self.objective if self.objective else 0.0
 
+    @property
+    def over_floor(self) -> float | None:
+        """The objective as a multiple of the floor; None if there is none."""
+        return self.objective / self.floor if self.floor else None
+
 
 def compare(instance: Instance, time_limit: float) -> Comparison:
     """Order an instance in three ways."""
@@ -153,7 +169,8 @@ def compare(instance: Instance, time_limit: float) -> Comparison:
     return Comparison(
         instance.channels,
         len(instance.readers),
-        sum(reader.weight for reader in instance.readers),
+        sum(reader.weight * _blocks(instance, reader) for reader in instance.readers),
+        sum(reader.weight * -(-len(reader.set) // reader.grain) for reader in instance.readers if reader.grain),
         solution.objective,
         solution.bound,
         solution.optimal,
@@ -162,6 +179,10 @@ def compare(instance: Instance, time_limit: float) -> Comparison:
         seconds,
         paid(instance, tuple(range(instance.channels))),
     )
+
+
+def _blocks(instance: Instance, reader: Reader) -> int:
+    return min(len(reader.set), -(-instance.channels // reader.grain)) if reader.grain else 1
 
 
 def greedily(instance: Instance) -> tuple[int, ...]:
@@ -203,7 +224,8 @@ def corpus_rows(limit: float) -> Iterator[Any]:
 
 def _row(instance: Instance, limit: float) -> dict[str, Any]:
     found = compare(instance, limit)
-    return {name: getattr(found, name) for name in Comparison.__slots__} | {"gap": found.gap, "time_limit": limit}
+    derived = {"gap": found.gap, "over_floor": found.over_floor, "time_limit": limit}
+    return {name: getattr(found, name) for name in Comparison.__slots__} | derived
 
 
 def stored() -> Iterator[tuple[str, Instance, float | None]]:
@@ -259,9 +281,12 @@ def size(text: str) -> tuple[int, int]:
     return int(channels), int(readers)
 
 
+_NAMES = [*FAMILIES, *GRAINED, "corpus"]
+
+
 def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
-    made.add_argument("--families", nargs="+", choices=[*FAMILIES, "corpus"], default=[*FAMILIES, "corpus"])
+    made.add_argument("--families", nargs="+", choices=_NAMES, default=_NAMES)
     made.add_argument("--sizes", nargs="+", type=size, metavar="CHANNELSxREADERS", default=SIZES)
     made.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     made.add_argument("--time-limit", type=float, default=5.0, metavar="SECONDS", help="for one instance")

@@ -14,7 +14,7 @@ from chanopt.solve import Block, Edge, Instance, Pin, Reader, solve
 from chanopt.solve.solution import cost
 
 
-@pytest.mark.parametrize("family", solver.FAMILIES)
+@pytest.mark.parametrize("family", [*solver.FAMILIES, *solver.GRAINED])
 def test_families_are_deterministic_and_of_the_size_asked_for(family: str) -> None:
     made = solver.make(family, 48, 10, 3)
     assert made == solver.make(family, 48, 10, 3)
@@ -47,6 +47,21 @@ def test_no_other_order_is_better(family: str) -> None:
         assert found.greedy is not None
         assert found.natural is not None
         assert found.objective <= min(found.greedy, found.natural) <= found.everything
+
+
+def test_touched_blocks_are_compared_with_their_floor() -> None:
+    made = solver.make("touched", 96, 3, 0)
+    assert {(reader.grain, reader.weight, len(reader.set)) for reader in made.readers} == {(16, 1, 48)}
+    found = solver.compare(made, 10.0)
+    assert found.floor == 9
+    assert found.everything == 18
+    assert found.natural is not None
+    assert found.floor <= found.bound <= found.objective < found.natural
+    assert found.over_floor == found.objective / 9
+    (row,) = solver.random_rows("touched", [(96, 3)], [0], 10.0)
+    assert row["over_floor"] == found.over_floor
+    assert solver.differences(row) == ""
+    assert solver.compare(solver.make("nested", 24, 3, 0), 10.0).over_floor is None
 
 
 def test_the_greedy_order_is_a_permutation_that_keeps_blocks_together() -> None:

@@ -45,12 +45,20 @@ def is_sequence(channels: int, members: Sequence[int]) -> Rows:
     return (np.diff(found, axis=1) == 1).all(axis=1)
 
 
+def touched(channels: int, members: Sequence[int], grain: int) -> npt.NDArray[np.intp]:
+    """How many aligned blocks of positions hold a member, in every order."""
+    blocks = places(channels)[:, list(members)] // grain
+    return np.array([(blocks == block).any(axis=1) for block in range(-(-channels // grain))]).sum(axis=0)
+
+
 def value_costs(instance: Instance, value: int) -> npt.NDArray[np.float64]:
     """What the readers of a value pay in every order; infinity where a block or pin is broken."""
     n = instance.channels
     paid = np.zeros(len(orders(n)))
     for reader in instance.readers:
-        if reader.value == value:
+        if reader.value == value and reader.grain:
+            paid += reader.weight * touched(n, reader.set, reader.grain)
+        elif reader.value == value:
             free = is_sequence(n, reader.set) if reader.ordered else is_run(n, reader.set)
             paid += np.where(free, 0.0, reader.weight)
     for block in instance.blocks:
@@ -98,6 +106,7 @@ def random_instance(
     values: int = 1,
     edges: int = 0,
     prefer: int = 0,
+    grains: Sequence[int] = (),
     weight: Callable[[random.Random], float] = lambda rng: rng.randint(0, 9),
 ) -> Instance | None:
     """A random instance; None where its blocks and pins happen to contradict each other."""
@@ -108,7 +117,8 @@ def random_instance(
         "readers": tuple(
             Reader(f"r{i}", some_set(rng, n), weight(rng), value(), rng.random() < ordered)
             for i in range(rng.randint(*readers))
-        ),
+        )
+        + tuple(Reader(f"g{i}", some_set(rng, n), weight(rng), value(), grain=g) for i, g in enumerate(grains)),
         "blocks": tuple(Block(some_set(rng, n), value()) for _ in range(rng.randint(0, blocks))),
         "pins": tuple(Pin(value(), some_set(rng, n)) for _ in range(rng.randint(0, pins))),
         "edges": tuple(Edge(f"e{i}", *pair, weight(rng)) for i, pair in enumerate(pairs)),

@@ -24,7 +24,9 @@ __all__ = ["Block", "Edge", "Instance", "Pin", "Preference", "Reader"]
 class Reader:
     """A consumer: free if its channels are one range in the order of its value, else it pays `weight`.
 
-    With `ordered` the channels must be one range in exactly the given sequence.
+    With `ordered` the channels must be one range in exactly the given sequence. With a `grain` above 0 it pays
+    otherwise: `weight` for every aligned block of that many positions, `k * grain` up to `(k + 1) * grain`,
+    that holds one of its channels.
     """
 
     name: str
@@ -32,12 +34,19 @@ class Reader:
     weight: float
     value: int = 0
     ordered: bool = False
+    grain: int = 0
 
     def __post_init__(self) -> None:
         channels = _channels(self.set, f"reader {self.name!r}")
         object.__setattr__(self, "set", channels if self.ordered else tuple(sorted(channels)))
         object.__setattr__(self, "value", _value(self.value, f"reader {self.name!r}"))
         object.__setattr__(self, "weight", _weight(self.weight, f"reader {self.name!r}"))
+        object.__setattr__(self, "grain", _grain(self.grain, f"reader {self.name!r}"))
+        if self.grain and self.ordered:
+            raise InstanceError(
+                f"reader {self.name!r}: expected either `ordered` or a grain, found ordered and grain {self.grain}: "
+                "inside an aligned block the sequence costs nothing, drop one of them"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +113,8 @@ class Instance:
 
     The program: cut some edges; values still joined by edges are one *part* and share one order of all
     channels. In every part the blocks and pins of its values hold. A reader whose set is not one range in the
-    order of its value's part pays its weight, and so does every cut edge; the total is the objective.
+    order of its value's part pays its weight, and so does every cut edge; a reader with a grain pays its weight
+    for every aligned block that it touches. The total is the objective.
 
     Raises InstanceError for channels out of range, repeated channels or names, weights that are negative or
     not finite, and blocks and pins of one value that no order satisfies.
@@ -225,6 +235,19 @@ def _value(value: int, where: str) -> int:
     return number
 
 
+def _grain(grain: int, where: str) -> int:
+    try:
+        number = index(grain)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise InstanceError(
+            f"{where}: expected a grain as a number of positions from 1 up, or 0 for one range, found {grain!r}: "
+            "give the channels of an aligned block"
+        )
+    return number
+
+
 def _weight(weight: float, where: str) -> float:
     """Return the weight as a plain int or float, whatever number it came as."""
     try:
@@ -301,4 +324,6 @@ def _reader_json(reader: Reader) -> dict[str, Any]:
         table["value"] = reader.value
     if reader.ordered:
         table["ordered"] = True
+    if reader.grain:
+        table["grain"] = reader.grain
     return table

@@ -143,11 +143,16 @@ def items_of(demands: Sequence[Demand], atoms: Atoms) -> list[Item]:
 
 
 def demands_of(instance: Instance, scale: Scale) -> tuple[list[Demand], list[Demand]]:
-    """Return what must be a range, pins before blocks, and what should be; equal readers are one demand."""
+    """Return what must be a range, pins before blocks, and what should be; equal readers are one demand.
+
+    A reader with a grain demands no range.
+    """
     hard = [Demand(pin.sequence, pin.value, True) for pin in instance.pins]
     hard += [Demand(block.set, block.value) for block in instance.blocks]
     same: dict[tuple[tuple[int, ...], int, bool], list[int]] = {}
     for number, reader in enumerate(instance.readers):
+        if reader.grain:
+            continue
         same.setdefault((reader.set, reader.value, reader.ordered), []).append(number)
     soft = [
         Demand(*key, sum(scale.up(instance.readers[number].weight) for number in numbers), tuple(numbers))

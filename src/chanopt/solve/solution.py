@@ -14,7 +14,7 @@ import networkx as nx
 from chanopt.errors import InstanceError
 from chanopt.solve.instance import Edge, Instance, Reader, check_keys, parse_json
 
-__all__ = ["Solution", "cost", "is_free"]
+__all__ = ["Solution", "cost", "is_free", "is_hard", "touched_blocks"]
 
 Order = tuple[int, ...]
 
@@ -27,7 +27,8 @@ class Solution:
     `orders` has one such order per value; values of one part share the object. `parts` numbers the part of
     every value, `gathered` names the readers that pay, `cut` the edges whose two sides differ. `objective` is
     what they pay together, in the units of the weights; `bound` is a proven lower bound of it, equal to it if
-    and only if `optimal`. `stats` counts what the solver did.
+    and only if `optimal`. `stats` counts what the solver did. `touched` has the aligned blocks that each reader
+    with a grain touches, for each of which it pays its weight; such readers are not in `gathered`.
     """
 
     order: Order
@@ -40,6 +41,7 @@ class Solution:
     optimal: bool
     seconds: float = field(compare=False)
     stats: Mapping[str, int] = field(default_factory=dict[str, int])
+    touched: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def check(self, instance: Instance) -> None:
         """Recompute everything from the orders; raises InstanceError where the solution says otherwise."""
@@ -48,6 +50,7 @@ class Solution:
         gathered, cut, objective = cost(instance, self.orders)
         _expect("gathered", gathered, self.gathered)
         _expect("cut", cut, self.cut)
+        _expect("touched", touched_blocks(instance, self.orders), dict(self.touched))
         _expect("parts", parts_of(instance, self.orders), self.parts)
         if not math.isclose(objective, self.objective, rel_tol=1e-12):
             _expect("objective", objective, self.objective)
@@ -62,7 +65,7 @@ class Solution:
         """Read a solution from JSON text or from what `json.loads` makes of it."""
         table = parse_json(data, "a solution")
         known = {item.name for item in fields(cls)}
-        check_keys(table, known, known - {"stats"}, "a solution")
+        check_keys(table, known, known - {"stats", "touched"}, "a solution")
         shared = {tuple(order): tuple(order) for order in table["orders"]}
         return cls(
             order=shared.get(tuple(table["order"]), tuple(table["order"])),
@@ -75,12 +78,13 @@ class Solution:
             optimal=table["optimal"],
             seconds=table["seconds"],
             stats=dict(table.get("stats", {})),
+            touched=dict(table.get("touched", {})),
         )
 
     def to_json(self) -> str:
         """Return the JSON text that `from_json` reads."""
         table = {item.name: getattr(self, item.name) for item in fields(self)}
-        return json.dumps({**table, "stats": dict(self.stats)})
+        return json.dumps({**table, "stats": dict(self.stats), "touched": dict(self.touched)})
 
     def _check_orders(self, instance: Instance) -> None:
         if len(self.orders) != instance.values:
@@ -99,16 +103,40 @@ class Solution:
 
 
 def cost(instance: Instance, orders: Sequence[Order]) -> tuple[tuple[str, ...], tuple[str, ...], float]:
-    """Return who pays under one order per value: the readers, the edges, and the total of their weights."""
+    """Return who pays under one order per value: the readers that are not free, the edges, and the total.
+
+    The total has their weights, and those of readers with a grain once for every block that they touch.
+    """
     places = _places(orders)
-    paying = [reader for reader in instance.readers if not is_free(reader, places[reader.value])]
+    paying = [reader for reader in instance.readers if not reader.grain and not is_free(reader, places[reader.value])]
     cut = [edge for edge in instance.edges if not _joined(edge, orders)]
-    weights = [item.weight for item in (*paying, *cut)]
+    touched = touched_blocks(instance, orders)
+    paid = [item.weight for item in (*paying, *cut)]
+    paid += [reader.weight * touched[reader.name] for reader in instance.readers if reader.grain]
     return (
         tuple(reader.name for reader in paying),
         tuple(edge.name for edge in cut),
-        sum(weights) if all(isinstance(weight, int) for weight in weights) else math.fsum(weights),
+        sum(paid) if all(isinstance(weight, int) for weight in paid) else math.fsum(paid),
     )
+
+
+def touched_blocks(instance: Instance, orders: Sequence[Order]) -> dict[str, int]:
+    """Return for each reader with a grain how many aligned blocks of positions hold a channel of its set."""
+    places = _places(orders)
+    return {
+        reader.name: len({places[reader.value][channel] // reader.grain for channel in reader.set})
+        for reader in instance.readers
+        if reader.grain
+    }
+
+
+def is_hard(instance: Instance, orders: Sequence[Order]) -> bool:
+    """Whether all blocks and pins hold."""
+    try:
+        _check_hard(instance, orders)
+    except InstanceError:
+        return False
+    return True
 
 
 def parts_of(instance: Instance, orders: Sequence[Order]) -> tuple[int, ...]:

@@ -6,15 +6,14 @@ import time
 from collections.abc import Iterable, Sequence
 
 import networkx as nx
-import numpy as np
 
+from chanopt.solve.arrange import arrange
 from chanopt.solve.decision import Decision
 from chanopt.solve.instance import Instance
-from chanopt.solve.pqtree import PQTree
-from chanopt.solve.problem import Demand, Scale, collapse, demands_of, insert, items_of, split
+from chanopt.solve.problem import Demand, Scale, demands_of, split
 from chanopt.solve.search import decide
-from chanopt.solve.solution import Order, Solution, cost, parts_of
-from chanopt.solve.ties import frontier_of_few_runs
+from chanopt.solve.solution import Order, Solution, cost, parts_of, touched_blocks
+from chanopt.solve.touched import touch_few
 
 __all__ = ["solve"]
 
@@ -26,10 +25,15 @@ def solve(instance: Instance, *, time_limit: float = 10.0, workers: int = 1) -> 
     same answer every time. Integer weights are counted exactly up to a total of 2**60, others to 2**-50 of
     their total. Among the cheapest orders: preferences hold where they can, heaviest first; then the readers
     that pay have few runs; then the order is near the natural one.
+
+    Readers with a grain pay for the aligned blocks that they touch. An instance of only such readers, of one value
+    and one grain and without hard ranges, is a packing program with a bound of its own. In others the order is
+    the best of several: see `chanopt.solve.touched`. Preferences then hold only as far as the range program's
+    order is the cheapest.
     """
     start = time.monotonic()
     deadline = start + time_limit
-    scale = Scale.of([item.weight for item in (*instance.readers, *instance.edges)])
+    scale = Scale.of(_payable(instance))
     problems = split(instance, scale)
     decisions = [decide(problem, deadline, workers) for problem in problems]
     paying = {
@@ -46,18 +50,35 @@ def solve(instance: Instance, *, time_limit: float = 10.0, workers: int = 1) -> 
         for edge in problem.links[link].edges
     }
     orders = _orders(instance, scale, paying, cut)
-    return _solution(instance, scale, orders, decisions, start)
+    proven = sum(decision.bound for decision in decisions)
+    if any(reader.grain for reader in instance.readers):
+        touching = touch_few(instance, scale, orders, (paying, cut), deadline, workers)
+        orders, proven = touching.orders, proven + touching.bound
+    return _solution(instance, scale, orders, proven, decisions, start)
+
+
+def _payable(instance: Instance) -> list[float]:
+    """Return what each reader and edge pays at most."""
+    blocks = [min(len(r.set), -(-instance.channels // r.grain)) if r.grain else 1 for r in instance.readers]
+    paid = [reader.weight * count for reader, count in zip(instance.readers, blocks, strict=True)]
+    return [*paid, *(edge.weight for edge in instance.edges)]
 
 
 def _solution(
-    instance: Instance, scale: Scale, orders: tuple[Order, ...], decisions: Sequence[Decision], start: float
+    instance: Instance,
+    scale: Scale,
+    orders: tuple[Order, ...],
+    proven: int,
+    decisions: Sequence[Decision],
+    start: float,
 ) -> Solution:
     gathered, cut, objective = cost(instance, orders)
-    proven = sum(decision.bound for decision in decisions)
+    touched = touched_blocks(instance, orders)
     # A reader may turn out free by luck: what counts is what the orders cost.
     names, edges = set(gathered), set(cut)
     paid = sum(scale.up(reader.weight) for reader in instance.readers if reader.name in names)
     paid += sum(scale.up(edge.weight) for edge in instance.edges if edge.name in edges)
+    paid += sum(scale.up(reader.weight) * touched[reader.name] for reader in instance.readers if reader.grain)
     optimal = paid <= proven
     return Solution(
         order=orders[0],
@@ -74,6 +95,7 @@ def _solution(
             "cuts": sum(decision.cuts for decision in decisions),
             "masters": sum(decision.masters for decision in decisions),
         },
+        touched=touched,
     )
 
 
@@ -87,34 +109,10 @@ def _orders(instance: Instance, scale: Scale, paying: set[int], cut: set[int]) -
     for values in nx.connected_components(graph):
         must = _inside([*hard, *(demand for demand in soft if demand.readers[0] not in paying)], values)
         pays = _inside((demand for demand in soft if demand.readers[0] in paying), values)
-        order = _order(instance.channels, must, _inside(wishes, values), pays)
+        order = arrange(instance.channels, must, _inside(wishes, values), pays)
         orders.update(dict.fromkeys(values, order))
     return tuple(orders[value] for value in range(instance.values))
 
 
 def _inside(demands: Iterable[Demand], values: set[int]) -> list[Demand]:
     return [demand for demand in demands if demand.value in values]
-
-
-def _order(channels: int, must: Sequence[Demand], wishes: Sequence[Demand], pays: Sequence[Demand]) -> Order:
-    """Return the order of a part: what must hold, what is wished if it can, few runs of what pays."""
-    weightless = [demand for demand in must if demand.readers and not demand.weight]
-    # A sequence in place first is a line at once; later sets then find little left to arrange.
-    must = sorted((d for d in must if d not in weightless), key=lambda d: (not d.ordered, -len(d.channels)))
-    if not channels:
-        return ()
-    named = {channel for demand in (*must, *wishes, *weightless, *pays) for channel in demand.channels}
-    # Channels that nobody names stay single, so that they can keep their natural places.
-    alone = [Demand((channel,), 0) for channel in range(channels) if channel not in named]
-    demands = [*alone, *must, *wishes, *weightless, *pays]
-    atoms = collapse(channels, demands)
-    items = items_of(demands, atoms)[len(alone) :]
-    tree = PQTree(len(atoms.members))
-    if not all(insert(tree, item) for item in items[: len(must)]):
-        raise AssertionError("the items of a part were decided to be free together")
-    refused = [item for item in items[len(must) :] if not insert(tree, item)]
-    bits = np.array([[item.mask >> atom & 1 for item in refused] for atom in range(tree.size)], dtype=np.float32)
-    sizes = [len(members) for members in atoms.members]
-    positions = [sum(members) / len(members) for members in atoms.members]
-    frontier = frontier_of_few_runs(tree, bits, positions, sizes)
-    return tuple(channel for atom in frontier for channel in atoms.members[atom])

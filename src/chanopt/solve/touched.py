@@ -1,0 +1,256 @@
+"""Readers with a grain: orders in which they touch few aligned blocks of positions, and what they pay at least.
+
+Where nothing but readers of one grain constrains an order, the packing program answers (`pack`). Blocks, pins,
+several grains, or range readers that are to stay free, constrain it: then channels are exchanged only where no
+such set tells them apart, which keeps every range a range. Which edges to cut is decided by the range program
+alone, or by the readers with a grain alone. Of all orders found, and of the natural one, the cheapest is taken.
+
+The bound is the sum of two, for each reader pays on its own: what readers of ranges and edges pay at least, and
+what the readers of each value and grain pay at least, be the order whatever it likes. It is tight only for
+plain instances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+
+from chanopt.solve.arrange import arrange
+from chanopt.solve.exchange import COARSE, FINE, Bins, exchange
+from chanopt.solve.instance import Instance, Reader
+from chanopt.solve.pack import gray_cost, least, pack
+from chanopt.solve.packing import Bools, gray_order
+from chanopt.solve.pqtree import PQTree
+from chanopt.solve.problem import Demand, Scale, collapse, demands_of
+from chanopt.solve.solution import Order, cost, is_hard
+
+__all__ = ["Touching", "touch_few"]
+
+
+@dataclass(frozen=True, slots=True)
+class Touching:
+    """The cheapest orders that were found, and what readers with a grain pay at least, scaled."""
+
+    orders: tuple[Order, ...]
+    bound: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Values that share an order, and the demands that must hold in it."""
+
+    values: frozenset[int]
+    must: tuple[Demand, ...]
+
+
+def touch_few(
+    instance: Instance,
+    scale: Scale,
+    orders: tuple[Order, ...],
+    chosen: tuple[Collection[int], Collection[int]],
+    deadline: float,
+    workers: int,
+) -> Touching:
+    """Return orders at least as cheap as the given ones of the range program and as the natural one.
+
+    `chosen` has the readers that pay and the edges that are cut in the given orders.
+    """
+    search = _Search(instance, scale, deadline, workers, {}, {})
+    candidates = [(tuple(range(instance.channels)),) * instance.values, orders]
+    candidates += [search.orders(parts, orders) for parts in search.divisions(*chosen)]
+    holding = [candidate for candidate in candidates if is_hard(instance, candidate)]
+    best = min(holding, key=lambda candidate: cost(instance, candidate)[2])
+    return Touching(_shared(best), search.bound())
+
+
+def _shared(orders: tuple[Order, ...]) -> tuple[Order, ...]:
+    """Return the orders, equal ones as one object."""
+    known = {order: order for order in reversed(orders)}
+    return tuple(known[order] for order in orders)
+
+
+@dataclass(slots=True)
+class _Search:
+    """One instance, with what is known of its parts and values."""
+
+    instance: Instance
+    scale: Scale
+    deadline: float
+    workers: int
+    known: dict[_Part, Order]
+    bounds: dict[tuple[int, int], int]
+    """Value and grain to what its readers pay at least, as far as an order was made for them alone."""
+
+    def divisions(self, paying: Collection[int], cut: Collection[int]) -> Iterator[list[_Part]]:
+        """Yield the ways to divide the values into parts that are worth an order."""
+        hard, soft = demands_of(self.instance, self.scale)
+        free = [demand for demand in soft if demand.readers[0] not in paying and _binds(demand, self.instance)]
+        edges = [edge for number, edge in enumerate(self.instance.edges) if number not in cut]
+        parts = _components(self.instance.values, [(edge.source, edge.target) for edge in edges])
+        yield [_part(values, hard) for values in parts]
+        if free:
+            yield [_part(values, [*hard, *free]) for values in parts]
+        if self.instance.edges:
+            yield [_part(values, hard) for values in self._joined(hard)]
+
+    def orders(self, parts: Sequence[_Part], given: tuple[Order, ...]) -> tuple[Order, ...]:
+        """Return an order for every part; a part without readers of a grain keeps the given one if it may."""
+        found: dict[int, Order] = {}
+        for part in parts:
+            before = {given[value] for value in part.values}
+            if not self._readers(part.values) and len(before) == 1:
+                found.update(dict.fromkeys(part.values, before.pop()))
+                continue
+            if part not in self.known:
+                self.known[part] = self._order(part)
+            found.update(dict.fromkeys(part.values, self.known[part]))
+        return tuple(found[value] for value in range(self.instance.values))
+
+    def bound(self) -> int:
+        """Return what the readers with a grain pay at least."""
+        total = 0
+        for value in range(self.instance.values):
+            for kind in self._kinds(frozenset([value])):
+                if (value, kind.grain) not in self.bounds:
+                    self.bounds[value, kind.grain] = least(kind.members, kind.weights, kind.grain, self.deadline)
+                total += self.bounds[value, kind.grain]
+        return total
+
+    def _readers(self, values: frozenset[int]) -> list[Reader]:
+        return [r for r in self.instance.readers if r.grain and r.value in values and r.set and r.weight]
+
+    def _kinds(self, values: frozenset[int]) -> list[Bins]:
+        """Return the readers of some values by their grains."""
+        readers = self._readers(values)
+        grains = sorted({reader.grain for reader in readers})
+        return [self._kind(grain, [reader for reader in readers if reader.grain == grain]) for grain in grains]
+
+    def _kind(self, grain: int, readers: Sequence[Reader]) -> Bins:
+        members = np.zeros((self.instance.channels, len(readers)), dtype=bool)
+        for number, reader in enumerate(readers):
+            members[list(reader.set), number] = True
+        return Bins(grain, members, tuple(self.scale.up(reader.weight) for reader in readers))
+
+    def _order(self, part: _Part) -> Order:
+        must = [demand for demand in part.must if _binds(demand, self.instance)]
+        kinds = self._kinds(part.values)
+        if len(kinds) == 1 and not must:
+            (kind,) = kinds
+            packed = pack(kind.members, kind.weights, kind.grain, self.deadline, self.workers)
+            if len(part.values) == 1:
+                self.bounds[next(iter(part.values)), kind.grain] = packed.bound
+            return _tidied(packed.order, [0] * len(packed.order), kinds)
+        base = arrange(self.instance.channels, must, [], [])
+        if not kinds:
+            return base
+        cells = collapse(self.instance.channels, must).of.tolist()
+        starts: list[tuple[Order, Sequence[float]]] = [(base, COARSE), (_gray(base, cells, kinds), COARSE)]
+        if len(kinds) == 1:
+            starts.append((self._packed(base, cells, kinds[0]), FINE))
+        tries = [base, *(exchange(start, cells, kinds, steps, self.deadline) for start, steps in starts)]
+        best = min(tries, key=lambda order: _paid(order, kinds))
+        return _tidied(best, cells, kinds)
+
+    def _packed(self, base: Order, cells: Sequence[int], kind: Bins) -> Order:
+        """Pack the channels of each cell that is a range of its own and begins with an aligned block."""
+        order = list(base)
+        for cell in sorted(set(cells)):
+            places = [place for place, channel in enumerate(base) if cells[channel] == cell]
+            whole = places[-1] - places[0] + 1 == len(places) and places[0] % kind.grain == 0
+            if not whole or len(places) <= kind.grain:
+                continue
+            channels = sorted(base[place] for place in places)
+            packed = pack(kind.members[channels], kind.weights, kind.grain, self.deadline, self.workers)
+            for place, channel in zip(places, packed.order, strict=True):
+                order[place] = channels[channel]
+        return tuple(order)
+
+    def _joined(self, hard: Sequence[Demand]) -> list[frozenset[int]]:
+        """Join values across edges, the dearest first, wherever a common order seems to cost less than the edges."""
+        parts = {value: frozenset([value]) for value in range(self.instance.values)}
+        for edge in sorted(self.instance.edges, key=lambda edge: -edge.weight):
+            first, second = parts[edge.source], parts[edge.target]
+            if first == second or not _consistent(self.instance.channels, hard, first | second):
+                continue
+            apart = self._guess(first) + self._guess(second) + self._between(first, second)
+            if self._guess(first | second) <= apart:
+                parts.update(dict.fromkeys(first | second, first | second))
+        return sorted(set(parts.values()), key=min)
+
+    def _guess(self, values: frozenset[int]) -> int:
+        return sum(gray_cost(kind.members, kind.weights, kind.grain) for kind in self._kinds(values))
+
+    def _between(self, first: frozenset[int], second: frozenset[int]) -> int:
+        return sum(
+            self.scale.up(edge.weight)
+            for edge in self.instance.edges
+            if {edge.source, edge.target} & first and {edge.source, edge.target} & second
+        )
+
+
+def _part(values: frozenset[int], demands: Iterable[Demand]) -> _Part:
+    return _Part(values, tuple(demand for demand in demands if demand.value in values))
+
+
+def _components(values: int, joined: Iterable[tuple[int, int]]) -> list[frozenset[int]]:
+    graph: nx.Graph[int] = nx.Graph()
+    graph.add_nodes_from(range(values))
+    graph.add_edges_from(joined)
+    return [frozenset(part) for part in nx.connected_components(graph)]
+
+
+def _binds(demand: Demand, instance: Instance) -> bool:
+    """Whether some order breaks the demand."""
+    return len(demand.channels) > 1 and (demand.ordered or len(demand.channels) < instance.channels)
+
+
+def _consistent(channels: int, hard: Sequence[Demand], values: frozenset[int]) -> bool:
+    tree = PQTree(max(channels, 1))
+    inside = [demand for demand in hard if demand.value in values]
+    return all(tree.order(d.channels) if d.ordered else tree.reduce(d.channels) for d in inside)
+
+
+def _told(kinds: Sequence[Bins]) -> Bools:
+    return np.hstack([kind.members for kind in kinds])
+
+
+def _paid(order: Order, kinds: Sequence[Bins]) -> int:
+    """Return what readers pay in an order."""
+    total = 0
+    for kind in kinds:
+        for number, weight in enumerate(kind.weights):
+            total += weight * len(set((np.flatnonzero(kind.members[list(order), number]) // kind.grain).tolist()))
+    return total
+
+
+def _gray(base: Order, cells: Sequence[int], kinds: Sequence[Bins]) -> Order:
+    """Return an order in which every cell keeps its places and fills them in the order of a Gray code."""
+    rank = {channel: place for place, channel in enumerate(gray_order(_told(kinds)).tolist())}
+    wanted = sorted(base, key=lambda channel: (cells[channel], rank[channel]))
+    places = sorted(range(len(base)), key=lambda place: (cells[base[place]], place))
+    order = [0] * len(base)
+    for place, channel in zip(places, wanted, strict=True):
+        order[place] = channel
+    return tuple(order)
+
+
+def _tidied(order: Order, cells: Sequence[int], kinds: Sequence[Bins]) -> Order:
+    """Return an order of few runs: channels of one cell change places inside the blocks that they share.
+
+    From place to place the nearest channel, in the readers that tell it apart from the one before, comes next.
+    """
+    told = _told(kinds).astype(np.int64)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    keys = [(cells[c], *(place // kind.grain for kind in kinds)) for place, c in enumerate(order)]
+    for channel, key in zip(order, keys, strict=True):
+        groups.setdefault(key, []).append(channel)
+    waiting = {key: sorted(channels) for key, channels in groups.items()}
+    made: list[int] = []
+    for key in keys:
+        left = waiting[key]
+        steps = np.abs(told[left] - told[made[-1]]).sum(axis=1) if made else np.zeros(1)
+        made.append(left.pop(int(np.argmin(steps))))
+    return tuple(made)
