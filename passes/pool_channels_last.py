@@ -44,7 +44,7 @@ class PoolChannelsLast(Pass):
 
     def apply(self, program: Program) -> Program:
         """Wrap every such pool."""
-        if program.target != "cpu" or program.channels_last:
+        if not program.target.startswith("cpu") or program.channels_last:
             return program
         values: dict[str, Value] = {}
         ops = [new for op in program.ops for new in self._wrapped(op, program, values)]

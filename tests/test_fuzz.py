@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from chanopt.frontend import RULES, Captured, capture, lower_captured
 from chanopt.ir import Program, parse
 from chanopt.pass_infra import checked
 from chanopt.passes import DEFAULT
+from chanopt.target import ConvRead, Realization
+from chanopt.target.read import GROUP
 from tests.support.equal import difference, named_outputs
 from tests.support.masks import MODES, Mode, Side, mask_randomly
 from tests.support.micro import MICRO
@@ -36,9 +39,14 @@ SIDES: tuple[Side, ...] = ("both", "input", "output")
 AMOUNTS = (0.5, 0.3, 0.7, 0.9)
 
 
-def compiled(captured: Captured) -> Program:
-    """The default pipeline with everything checked on the way."""
-    program = lower_captured(captured, RULES, strict=False)
+def compiled(captured: Captured, **settings: Any) -> Program:
+    """The default pipeline with everything checked on the way.
+
+    Args:
+        captured: the model.
+        settings: fields of the program to set, such as its target.
+    """
+    program = replace(lower_captured(captured, RULES, strict=False), **settings)
     program.verify()
     assert parse(str(program)) == program
     with checked():
@@ -64,7 +72,9 @@ def assert_means(model: nn.Module, program: Program, inputs: Inputs, batches: Se
             assert difference(a, b) < TOLERANCE, f"output {path} at batch {batch}"
 
 
-def run(model: nn.Module, inputs: Inputs, masks: Sequence[tuple[Mode, int]], batch: int | None = None) -> None:
+def run(
+    model: nn.Module, inputs: Inputs, masks: Sequence[tuple[Mode, int]], batch: int | None = None, **settings: Any
+) -> None:
     """Capture once; for every mask, restore the weights, mask, compile, compare."""
     model = model.double()
     captured = capture(model, inputs(batch or 2, torch.float64, 1))
@@ -77,7 +87,9 @@ def run(model: nn.Module, inputs: Inputs, masks: Sequence[tuple[Mode, int]], bat
         side, amount = SIDES[seed % len(SIDES)], AMOUNTS[seed % len(AMOUNTS)]
         mask_randomly(model, seed, mode=mode, side=side, amount=amount)
         try:
-            assert_means(model, compiled(captured), inputs, batches[seed % 2 :][:1] if len(batches) > 1 else batches)
+            assert_means(
+                model, compiled(captured, **settings), inputs, batches[seed % 2 :][:1] if len(batches) > 1 else batches
+            )
         except Exception as error:
             raise AssertionError(
                 f"masked by mode={mode!r}, seed={seed}, side={side!r}, amount={amount}: {error}"
@@ -111,6 +123,18 @@ def test_random_net_has_the_same_gradients(seed: int) -> None:
 def test_random_net(seed: int) -> None:
     net, inputs = random_net(seed)
     run(net, inputs, [(MODES[(seed + 2 * k) % len(MODES)], seed + k) for k in range(MASKS)])
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("seed", range(500, 500 + max(1, NETS // 4)))
+def test_random_net_in_channels_last(seed: int, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products, sums of them, and fused gathers wherever a conv can be computed so, in float64."""
+    monkeypatch.setattr(ConvRead, "has_kernel", property(lambda read: read.stored % GROUP == 0))
+    net, inputs = random_net(seed)
+    masks = [(MODES[(seed + 2 * k) % len(MODES)], seed + k) for k in range(MASKS)]
+    ways = (Realization.GEMM, Realization.RUNS, Realization.FUSED)
+    first: Any = {"costs": lambda _, way: float(way not in ways)} if seed % 2 else {}
+    run(net, inputs, masks, channels_last=True, target=target, **first)
 
 
 def _micro(name: str, modes: Sequence[Mode], first: int) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chanopt import passes
-    from chanopt.api import Captured, Mask, capture, explain, lower, optimize, verify
+    from chanopt.api import Captured, Mask, Target, capture, explain, lower, optimize, verify
     from chanopt.ir import Program, parse
     from chanopt.report import Report
     from chanopt.saving import Plan, apply_plan, load, save
@@ -29,6 +29,7 @@ __all__ = [
     "Plan",
     "Program",
     "Report",
+    "Target",
     "apply_plan",
     "capture",
     "explain",
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "chanopt.api": ("Captured", "Mask", "capture", "explain", "lower", "optimize", "verify"),
+    "chanopt.api": ("Captured", "Mask", "Target", "capture", "explain", "lower", "optimize", "verify"),
     "chanopt.ir": ("Program", "parse"),
     "chanopt.report": ("Report",),
     "chanopt.saving": ("Plan", "apply_plan", "load", "save"),

@@ -22,8 +22,9 @@ from chanopt.ir import Program
 from chanopt.passes import DEFAULT, Pass, Pipeline
 from chanopt.report import Report
 from chanopt.report.build import build
-from chanopt.report.graphs import together
+from chanopt.report.graphs import figures, together
 from chanopt.saving.plan import REPORT, attach, made_by
+from chanopt.target import Target
 
 _LOG = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def optimize(
     kwargs: Mapping[str, Any] | None = None,
     *,
     masks: Mapping[str, Mask] | None = None,
-    target: Literal["auto", "cpu", "cuda"] = "auto",
+    target: Target | Literal["auto", "cpu", "cuda"] = "auto",
     pipeline: Passes = DEFAULT,
     strict: bool = False,
 ) -> nn.Module:
@@ -76,8 +77,9 @@ def optimize(
         example_inputs: as for :func:`lower`.
         kwargs: as for :func:`lower`.
         masks: as for :func:`lower`.
-        target: the device that choices are made for; "auto" is where the model's parameters are. The order of
-            channels minimises bytes, which are the same everywhere; how a pool is run is not.
+        target: what choices are made for: a device, or a :class:`chanopt.Target` (docs/targets.md); "auto" is where
+            the model's parameters are. The order of channels minimises bytes, which are the same everywhere; how a
+            conv reads what is no range, and how a pool is run, are not.
         pipeline: passes to run.
         strict: as for :func:`lower`.
 
@@ -90,28 +92,31 @@ def optimize(
         CaptureError, LoweringError, MaskError, ChanoptError: as :func:`lower`.
         PassError: the pipeline is in an impossible order.
     """
-    if target not in ("auto", "cpu", "cuda"):
-        raise ChanoptError(f"expected target 'auto', 'cpu' or 'cuda', found {target!r}")
     _check_call(model, kwargs, pipeline)
+    aimed = _target(target)
     inputs = _tuple(example_inputs)
     started = time.perf_counter()
     try:
         captured = _captured(model, inputs, kwargs)
-        return _optimized(captured, masks, target, pipeline, strict, time.perf_counter() - started)
+        module = _optimized(captured, masks, aimed, pipeline, strict, time.perf_counter() - started)
+        level = logging.DEBUG if isinstance(model, Captured) else logging.INFO
+        _LOG.log(level, "%s: %s", captured.name, figures(explain(module)))
+        return module
     except CaptureError as error:
         whole = isinstance(model, nn.Module) and not any(part.training for part in model.modules())
         if strict or masks or not whole:
             raise
         assert isinstance(model, nn.Module)
-        return _in_parts(model, inputs, kwargs, target, pipeline, error)
+        return _in_parts(model, inputs, kwargs, aimed, pipeline, error)
 
 
 def explain(module: nn.Module | Callable[..., Any]) -> Report:
     """The report of an optimised module, or of what ``torch.compile(..., backend="chanopt")`` made of a function.
 
     Args:
-        module: made by :func:`optimize`, or a compiled module or function after its first call. The report of one that
-            consists of several graphs is their sum, and iterating it gives theirs.
+        module: made by :func:`optimize`, or a compiled module or function after its first call. The report of the
+            latter is the sum over its graphs, and iterating it gives theirs; of what was compiled anew, for other
+            sizes or types, the last counts.
 
     Raises:
         ChanoptError: the module was not made by chanopt, or nothing has been compiled yet.
@@ -125,6 +130,14 @@ def explain(module: nn.Module | Callable[..., Any]) -> Report:
             f"expected a module made by chanopt.optimize, found a {type(module).__name__} without a report"
         )
     return report
+
+
+def _target(target: Any) -> Target:
+    if isinstance(target, Target):
+        return target
+    if not isinstance(target, str):
+        raise ChanoptError(f"expected a target by name or a chanopt.Target, found {target!r}")
+    return Target.parse(target)
 
 
 def _tuple(inputs: Any) -> tuple[Any, ...]:
@@ -176,15 +189,14 @@ def _require_finite(program: Program) -> None:
 def _optimized(
     captured: Captured,
     masks: Mapping[str, Mask] | None,
-    target: str,
+    target: Target,
     pipeline: Passes,
     strict: bool,
     spent: float,
 ) -> fx.GraphModule:
     started = time.perf_counter()
     before = _lowered(captured, masks, strict)
-    if target != "auto":
-        before = replace(before, target=target)
+    before = replace(before, target=str(target.on(before.target)), costs=target.cost)
     run = pipeline if isinstance(pipeline, Pass) else Pipeline(tuple(pipeline))
     result = run(before)
     module = result.program.to_module()
@@ -192,7 +204,6 @@ def _optimized(
     seconds = {"capture": spent, "optimize": time.perf_counter() - started, **result.seconds}
     report = build(captured.name, before, result.program, result.notes, seconds)
     attach(module, made_by(captured, result.program, report))
-    _LOG.info("%s: %s", report.model, seconds)
     return module
 
 
@@ -200,7 +211,7 @@ def _in_parts(
     model: nn.Module,
     inputs: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None,
-    target: str,
+    target: Target,
     pipeline: Passes,
     error: CaptureError,
 ) -> nn.Module:
@@ -217,4 +228,4 @@ def _in_parts(
     return whole
 
 
-__all__ = ["Captured", "Mask", "capture", "explain", "lower", "optimize", "verify"]
+__all__ = ["Captured", "Mask", "Target", "capture", "explain", "lower", "optimize", "verify"]

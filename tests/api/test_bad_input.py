@@ -159,7 +159,7 @@ def test_a_pipeline_in_an_impossible_order_names_pass_and_requirement() -> None:
 
 
 def test_a_target_that_does_not_exist() -> None:
-    with pytest.raises(ChanoptError, match="expected target 'auto', 'cpu' or 'cuda', found 'tpu'"):
+    with pytest.raises(ChanoptError, match="expected target 'auto', 'cpu', 'cuda' or 'other', found 'tpu'"):
         chanopt.optimize(net(), batch(), target="tpu")  # type: ignore[arg-type]
 
 

@@ -150,7 +150,7 @@ BAD: dict[str, tuple[str, str, str]] = {
     "an unknown note": (
         "linear border",
         "linear boarder",
-        r"line 6, column \d+: expected groups, block, linear, border, layer or source",
+        r"line 6, column \d+: expected groups, block, linear, border, how, layer or source",
     ),
     "an argument that is nothing": ("0.5, true", "maybe, true", r"line 10, column \d+: expected an argument"),
     "an unclosed index": ("%x{0:3}", "%x{0:3", r"line 6, column \d+: expected '}', found"),

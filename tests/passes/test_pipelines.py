@@ -14,7 +14,16 @@ import chanopt
 from chanopt.errors import ChanoptError, PassError
 from chanopt.ir import Access, IndexMap, Kind, Layout, Op, Program, Read
 from chanopt.pass_infra import Pass, PassResult, Pipeline, Property, checked
-from chanopt.passes import DEFAULT, DropDead, FoldAffine, FoldConstants, OrderChannels, PoolChannelsLast
+from chanopt.passes import (
+    DEFAULT,
+    AlignChannels,
+    DropDead,
+    FoldAffine,
+    FoldConstants,
+    OrderChannels,
+    PoolChannelsLast,
+    RealizeReads,
+)
 from tests.support.masks import mask_randomly
 from tests.support.micro import MICRO
 from tests.support.nets.base import conv, image, randomise
@@ -176,7 +185,7 @@ def test_a_pipeline_adds_up_seconds_and_figures_and_keeps_notes() -> None:
     result = Pipeline(DEFAULT)(program)
     assert set(result.seconds) == {pass_.name for pass_ in DEFAULT}
     assert all(spent > 0 for spent in result.seconds.values())
-    assert set(result.notes) == {"segments"}
+    assert set(result.notes) == {"segments", "reads"}
     before, after = result.figures["parameters"]
     assert before > after > 0
     steps = [pass_.name for pass_ in DEFAULT]
@@ -190,6 +199,8 @@ def test_the_default_pipeline_is_a_literal_tuple_in_its_order() -> None:
         FoldAffine,
         DropDead,
         OrderChannels,
+        AlignChannels,
+        RealizeReads,
         PoolChannelsLast,
     ]
 

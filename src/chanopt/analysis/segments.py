@@ -17,10 +17,12 @@ from dataclasses import dataclass, field, replace
 import networkx as nx
 import numpy as np
 
+from chanopt.analysis.convs import geometry
 from chanopt.analysis.demand import Demand
 from chanopt.analysis.labels import Labelling, Labels, is_rigid, unique_in_order
 from chanopt.ir import Access, IndexMap, Kind, Op, Program, Read, flow_back
 from chanopt.solve import Block, Edge, Instance, Pin, Preference, Reader
+from chanopt.target.read import SECTOR
 
 Place = tuple[str, int]
 """A read: (op result, operand position); the sink's result is ""."""
@@ -33,9 +35,10 @@ class Wish:
     Attributes:
         name: the layer that reads.
         labels: what it reads.
-        weight: bytes it gathers otherwise.
+        weight: bytes it gathers otherwise; with a grain, bytes of a block.
         place: the read where it gathers, or None: where it reads what was served whole further down.
         ordered: whether the order matters too.
+        grain: if not 0, it pays for every aligned block of so many channels that it touches.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Wish:
     weight: int
     place: Place | None
     ordered: bool = False
+    grain: int = 0
 
 
 @dataclass(slots=True)
@@ -172,6 +176,10 @@ class OrderGraph:
         ordered = read.access is not Access.SET or op.kind is Kind.GROUPED
         if not self._in_whole_blocks(read.value, taken):
             return  # half a block is never a range: such a read gathers whatever the order
+        if reads_blocks(op, self.program):
+            block = SECTOR * operand.channel_bytes
+            self.wishes[node].append(Wish(op.label(), wanted, block, place, grain=SECTOR))
+            return
         weight = len(taken) * operand.channel_bytes
         self.wishes[node].append(Wish(op.label(), wanted, weight, place, ordered))
 
@@ -337,7 +345,7 @@ class OrderGraph:
         for node in nodes:
             for wish in self.wishes[node]:
                 name = _unique(wish.name, {reader.name for reader in readers})
-                readers.append(Reader(name, local(wish.labels), wish.weight, number[node], wish.ordered))
+                readers.append(Reader(name, local(wish.labels), wish.weight, number[node], wish.ordered, wish.grain))
                 if wish.place is not None:
                     places[name] = wish.place
         edges: list[Edge] = []
@@ -376,6 +384,12 @@ class OrderGraph:
         size = self.program.values[nodes[0]].channel_bytes
         nodes_, producers_, consumers_ = tuple(nodes), tuple(producers), tuple(consumers)
         return Segment(name, instance, _wider(instance), labels, nodes_, places, producers_, consumers_, size)
+
+
+def reads_blocks(op: Op, program: Program) -> bool:
+    """Whether a conv can gather while it loads (``chanopt::gather_conv2d``): the blocks that it touches count then."""
+    fused = program.target == "cuda" and program.channels_last
+    return fused and op.kind is Kind.MIX and geometry(op, program) is not None
 
 
 def _wider(instance: Instance) -> Instance | None:

@@ -13,12 +13,13 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from chanopt.codegen.in_place import write_in_place
-from chanopt.codegen.torch_names import PyTreeCodeGen, PyTreeInfo
+from chanopt.codegen.torch_names import OpOverload, PyTreeCodeGen, PyTreeInfo
 from chanopt.errors import IRError
 from chanopt.ir import (
     Access,
     Arg,
     Form,
+    How,
     IndexMap,
     Kind,
     Marker,
@@ -30,9 +31,13 @@ from chanopt.ir import (
     physical_read,
     physical_reads,
 )
+from chanopt.kernels import pack
 
 aten = torch.ops.aten
 Numbers = npt.NDArray[np.float64]
+
+GROUP = 8
+"""Channels that a fused conv gathers at once: 16 bytes of float16 (docs/kernels.md)."""
 
 
 def resolve(target: str) -> Callable[..., Any]:
@@ -240,23 +245,115 @@ class _Emitter:
         if op.kind is Kind.SOURCE:
             self.nodes[op.result] = self.graph.placeholder(str(op.args[0]))
         elif op.kind is Kind.SINK:
-            self.graph.output(tuple(self.arg(op, arg, {}) for arg in op.args))
+            self.graph.output(self.outputs(op))
         elif op.target == "alias":
             self.nodes[op.result] = self.operand(op, op.reads[0])
         elif op.kind is Kind.CONCAT:
             self.nodes[op.result] = self.concat(op)
+        elif op.how is not How.OWN:
+            self.nodes[op.result] = self.seen(op, _WAYS[op.how](self, op))
         else:
             self.nodes[op.result] = self.call(op)
+
+    def outputs(self, op: Op) -> tuple[Any, ...]:
+        """What the module returns: the caller may write over it.
+
+        So what lies in the memory of a weight, of an input or of another output is copied: a weight may have been
+        folded from what was computed at every call, and on the way here the user's own copies were dropped.
+        """
+        made: list[Any] = []
+        for arg in op.args:
+            node = self.arg(op, arg, {})
+            if self.is_tensor(arg) and (_memory_of(node).op in ("get_attr", "placeholder") or node in made):
+                node = self.graph.call_function(aten.clone.default, (node,))
+            made.append(node)
+        return tuple(made)
+
+    def is_tensor(self, arg: Any) -> bool:
+        """Whether an argument is one at run time, and no size, number or constant of the example call."""
+        if isinstance(arg, Read):
+            return self.program.values[arg.value].dtype not in ("int", "object")
+        return isinstance(arg, Param)
 
     def call(self, op: Op) -> fx.Node:
         reads = {id(read): self.operand(op, read) for read in op.reads}
         args, kwargs = _real_args(op, lambda arg: self.arg(op, arg, reads))
         node = self.graph.create_node("call_function", resolve(op.target), tuple(args), kwargs, op.result)
+        return self.seen(op, node)
+
+    def seen(self, op: Op, node: fx.Node) -> fx.Node:
+        """Note what a node stands for."""
         node.meta["chanopt"] = {"layer": op.layer, "source": op.source}
         value = self.program.values[op.result]
         sizes = [len(value.layout) if value.layout and axis == value.axis else s for axis, s in enumerate(value.shape)]
         self.shapes[node] = (tuple(sizes), value.dtype)
         return node
+
+    # -- a 1x1 conv as a matrix product, and a conv that gathers while it loads ------------------------------------
+
+    def product(self, op: Op) -> fx.Node:
+        """A 1x1 conv over all pixels at once: ATen's would copy what is not contiguous."""
+        read, (weight, bias) = op.reads[0], self.weights(op)
+        operand = self.operand(op, read)
+        if self.program.channels_last:
+            rows = self.graph.call_function(aten.linear.default, (self.rows(operand), weight, bias))
+            return self.image(rows, op)
+        images = self.graph.call_function(aten.sym_size.int, (operand, 0))
+        factor = self.graph.call_function(aten.expand.default, (weight, [images, -1, -1]))
+        pixels = self.graph.call_function(aten.flatten.using_ints, (operand, 2))
+        if bias is None:
+            made = self.graph.call_function(aten.bmm.default, (factor, pixels))
+        else:
+            column = self.graph.call_function(aten.unsqueeze.default, (bias, 1))
+            made = self.graph.call_function(aten.baddbmm.default, (column, factor, pixels))
+        sizes = [self.size(read.value, 2), self.size(read.value, 3)]
+        return self.graph.create_node("call_function", aten.unflatten.int, (made, 2, sizes), {}, op.result)
+
+    def by_runs(self, op: Op) -> fx.Node:
+        """A 1x1 conv, channels last, as the sum of one product for each range of channels."""
+        read, (weight, bias) = op.reads[0], self.weights(op)
+        rows, made, column = self.rows(self.nodes[read.value]), None, 0
+        for start, stop in physical_read(op, read, self.program).positions.runs():
+            taken = self.graph.call_function(aten.slice.Tensor, (rows, 1, start, stop))
+            part = self.graph.call_function(aten.slice.Tensor, (weight, 1, column, column + stop - start))
+            column += stop - start
+            if made is None:
+                made = self.graph.call_function(aten.linear.default, (taken, part, bias))
+            else:
+                turned = self.graph.call_function(aten.t.default, (part,))
+                made = self.graph.call_function(aten.addmm.default, (made, taken, turned))
+        assert made is not None  # something is read
+        return self.image(made, op)
+
+    def fused(self, op: Op) -> fx.Node:
+        """A conv that gathers whole groups of channels while it loads; zero columns fill the groups up."""
+        read, weight, bias = op.reads[0], op.args[1], op.args[2]
+        positions = physical_read(op, read, self.program).positions
+        tensor, key = self.cut(op, weight)
+        packed = pack(positions.tolist(), tensor, len(self.program.values[read.value].live), group=GROUP)
+        wide = self.register(weight.name, packed.weight, buffer=weight.buffer, key=(key, positions))
+        groups = self.register(f"{read.value}_groups", packed.groups, buffer=True, key=(positions, GROUP))
+        operands = (self.nodes[read.value], wide, None if bias is None else self.param(op, bias), groups, GROUP)
+        sizes = [list(item) if isinstance(item, tuple) else item for item in op.args[3:6]]
+        call = torch.ops.chanopt.gather_conv2d.default
+        return self.graph.create_node("call_function", call, (*operands, *sizes), {}, op.result)
+
+    def weights(self, op: Op) -> tuple[fx.Node, fx.Node | None]:
+        """The weight of a 1x1 conv as a matrix, and its bias."""
+        matrix = self.graph.call_function(aten.flatten.using_ints, (self.param(op, op.args[1]), 1))
+        return matrix, None if op.args[2] is None else self.param(op, op.args[2])
+
+    def rows(self, image: fx.Node) -> fx.Node:
+        """Pixels of all images by channels, of an image that lies channels last: a view."""
+        last = self.graph.call_function(aten.permute.default, (image, [0, 2, 3, 1]))
+        return self.graph.call_function(aten.flatten.using_ints, (last, 0, 2))
+
+    def image(self, rows: fx.Node, op: Op) -> fx.Node:
+        """What :meth:`rows` did, undone, for the result of an op on as many pixels as it reads."""
+        value = op.reads[0].value
+        sizes = [-1, self.size(value, 2), self.size(value, 3)]
+        last = self.graph.call_function(aten.unflatten.int, (rows, 0, sizes))
+        return self.graph.create_node("call_function", aten.permute.default, (last, [0, 3, 1, 2]), {}, op.result)
 
     def concat(self, op: Op) -> fx.Node:
         pieces = [self.take(read.value, physical) for read, physical in physical_reads(op, self.program)]
@@ -335,15 +432,17 @@ class _Emitter:
         return len(np.unique(result.live.array * op.groups // result.channels))
 
     def param(self, op: Op, param: Param) -> fx.Node:
+        tensor, key = self.cut(op, param)
+        return self.register(param.name, tensor, buffer=param.buffer, key=key)
+
+    def cut(self, op: Op, param: Param) -> tuple[torch.Tensor, Any]:
+        """A parameter as an op takes it, and what tells it from others of the same tensor."""
         rows = self.program.values[op.result].live.live if param.out is not None else None
         columns = None
         if param.inn is not None:
             columns = physical_read(op, op.reads[0], self.program).channels
         tensor = cut(self.program.weights[param.name], param, rows, columns, op, self.program)
-        grouping = op.groups if columns is not None else 1
-        return self.register(
-            param.name, tensor, buffer=param.buffer, key=(param.out, param.inn, rows, columns, grouping)
-        )
+        return tensor, (param.out, param.inn, rows, columns, op.groups if columns is not None else 1)
 
     def register(self, name: str, tensor: torch.Tensor, *, buffer: bool, key: Any) -> fx.Node:
         """Register a tensor under its name; a second cut of the same tensor gets a name of its own."""
@@ -364,6 +463,24 @@ class _Emitter:
         else:
             owner.register_parameter(leaf, nn.Parameter(tensor))
         return self.graph.get_attr(full)
+
+
+def _memory_of(node: fx.Node) -> fx.Node:
+    """The node in whose memory a node's result lies, or may lie (``reshape``): views are followed back."""
+    while isinstance(node.target, OpOverload) and node.target._schema.returns:
+        aliased = node.target._schema.returns[0].alias_info is not None
+        if not aliased or not isinstance(node.args[0], fx.Node):
+            break
+        node = node.args[0]
+    return node
+
+
+_WAYS: dict[How, Callable[[_Emitter, Op], fx.Node]] = {
+    How.PRODUCT: _Emitter.product,
+    How.RUNS: _Emitter.by_runs,
+    How.FUSED: _Emitter.fused,
+}
+"""How the ways of computing a conv are emitted."""
 
 
 def cut(

@@ -14,9 +14,10 @@ _FRESH = frozenset(
     {
         *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default),
         *(aten.conv2d.padding, aten.conv_transpose2d.input, aten.batch_norm.default, aten.cat.default),
-        *(aten.add.Tensor, aten.add_.Tensor),
+        *(aten.add.Tensor, aten.add_.Tensor, aten.addmm.default, aten.bmm.default, aten.baddbmm.default),
     }
 )
+_VIEWS = frozenset({aten.permute.default, aten.unflatten.int})
 _UNARY = {
     aten.relu.default: aten.relu_.default,
     aten.silu.default: aten.silu_.default,
@@ -63,4 +64,6 @@ def _is_invertible(node: fx.Node) -> bool:
 
 
 def _is_own(operand: object, user: fx.Node) -> bool:
-    return isinstance(operand, fx.Node) and operand.target in _FRESH and set(operand.users) == {user}
+    if not isinstance(operand, fx.Node) or set(operand.users) != {user}:
+        return False
+    return operand.target in _FRESH or (operand.target in _VIEWS and _is_own(operand.args[0], operand))

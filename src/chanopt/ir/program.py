@@ -41,6 +41,15 @@ class Access(enum.Enum):
     ALL = "all"  # every logical channel in its logical order
 
 
+class How(enum.Enum):
+    """How the dialect computes a linear op, where it has more than one way."""
+
+    OWN = "own"  # the operator that the op stands for, on one range or on gathered channels
+    PRODUCT = "product"  # a matrix product over strided memory
+    RUNS = "runs"  # a sum of such products, one for each range that is read: nothing is copied
+    FUSED = "fused"  # a kernel that gathers while it loads, in whole groups of channels
+
+
 class Marker(enum.Enum):
     """A number in an op's arguments that is only known once the channels are cut."""
 
@@ -135,6 +144,7 @@ class Op:
         linear: ``args[:3]`` are (read, weight, bias or None) and the op is linear in the read.
         border: a constant channel other than zero does not give a constant contribution (zero padding, transposed
             conv, a padded average).
+        how: in which of its ways a linear op is computed.
         layer: the user's module, e.g. ``layer1.0.conv1``.
         source: the user's source line.
     """
@@ -148,6 +158,7 @@ class Op:
     block: int = 1
     linear: bool = False
     border: bool = False
+    how: How = How.OWN
     layer: str = ""
     source: str = ""
 
@@ -259,7 +270,8 @@ class Program:
         batch: example batch size, for figures.
         refusals: operators without a rule.
         channels_last: whether the example inputs were laid out channels last.
-        target: the device type that choices are made for, "cpu" or "cuda".
+        target: what choices are made for: "cpu" or "cuda", with ":inductor" where that compiles the result.
+        costs: seconds of a conv by the way it reads, for the passes; None for the analytic model. Not part of equality.
         dialect: what the targets mean; not part of equality.
     """
 
@@ -272,6 +284,7 @@ class Program:
     channels_last: bool = False
     target: str = "cpu"
     dialect: Dialect | None = field(default=None, compare=False, repr=False)
+    costs: Callable[..., float] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", MappingProxyType(dict(self.values)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from chanopt.ir.index_map import IndexMap
-from chanopt.ir.program import Access, Kind, Op, Program, Read
+from chanopt.ir.program import Access, How, Kind, Op, Program, Read
 
 
 class Form(enum.Enum):
@@ -18,6 +18,7 @@ class Form(enum.Enum):
     WHOLE = "whole"
     RANGE = "range"
     GATHER = "gather"
+    FUSED = "fused"  # several ranges, which the op reads itself: no copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class PhysicalRead:
     Attributes:
         channels: the logical channels, in the same order (what the columns of a weight follow).
         positions: their physical positions.
-        form: all of the tensor as it lies, one range of it, or a gather.
+        form: all of the tensor as it lies, one range of it, a gather, or ranges that the op reads without a copy.
     """
 
     channels: IndexMap
@@ -66,7 +67,10 @@ def physical_read(op: Op, read: Read, program: Program) -> PhysicalRead:
         wanted, positions = IndexMap(wanted.array[order]), IndexMap(positions.array[order])
     if op.block > 1:  # a channel that is spread out, or multiplied by a depthwise conv, is read once
         wanted, positions = IndexMap(wanted.array[:: op.block]), IndexMap(positions.array[:: op.block])
-    return PhysicalRead(wanted, positions, _form(positions, len(layout)))
+    form = _form(positions, len(layout))
+    if form is Form.GATHER and read.access is Access.SET and op.how in (How.RUNS, How.FUSED):
+        form = Form.FUSED
+    return PhysicalRead(wanted, positions, form)
 
 
 def physical_reads(op: Op, program: Program) -> list[tuple[Read, PhysicalRead]]:

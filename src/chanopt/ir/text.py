@@ -12,9 +12,9 @@ import torch
 
 from chanopt.errors import ParseError
 from chanopt.ir.index_map import IndexMap, Layout
-from chanopt.ir.program import Access, Arg, Interface, Kind, Marker, Op, Param, Program, Read, Refusal, Value
+from chanopt.ir.program import Access, Arg, How, Interface, Kind, Marker, Op, Param, Program, Read, Refusal, Value
 
-_HEAD = re.compile(r"program batch=(\d+)(?: target=(\w+))?( channels_last)? \{$")
+_HEAD = re.compile(r"program batch=(\d+)(?: target=([\w:]+))?( channels_last)? \{$")
 _TOKEN = re.compile(
     r"\s*(?P<token>%[\w.]+|[@&](?:[\w.\-]+|\"(?:[^\"\\]|\\.)*\")|\$[CG]|\"(?:[^\"\\]|\\.)*\"|torch\.\w+|[A-Za-z_][\w.]*"
     r"|-?(?:inf|nan|\d+\.?\d*(?:[eE][-+]?\d+)?)|.)"
@@ -41,7 +41,7 @@ def _write_op(op: Op, program: Program) -> str:
     args = [_write_arg(arg, op, program) for arg in op.args]
     args += [f"{key}={_write_arg(arg, op, program)}" for key, arg in op.kwargs]
     notes = [f"groups={op.groups}"] * (op.groups != 1) + [f"block={op.block}"] * (op.block != 1)
-    notes += ["linear"] * op.linear + ["border"] * op.border
+    notes += ["linear"] * op.linear + ["border"] * op.border + [f"how={op.how.value}"] * (op.how is not How.OWN)
     notes += [f"layer {json.dumps(op.layer)}"] * bool(op.layer) + [f"source {json.dumps(op.source)}"] * bool(op.source)
     return " ".join([f"{head}{op.kind.value} {op.target}({', '.join(args)})", *notes])
 
@@ -219,12 +219,15 @@ class _Line:
             if word in ("groups", "block"):
                 self.take("=")
                 notes[word] = int(self.take())
+            elif word == "how":
+                self.take("=")
+                notes[word] = How(self.take())
             elif word in ("linear", "border"):
                 notes[word] = True
             elif word in ("layer", "source"):
                 notes[word] = json.loads(self.take())
             else:
-                raise self.fail("groups, block, linear, border, layer or source")
+                raise self.fail("groups, block, linear, border, how, layer or source")
         return notes
 
     def argument(self, args: list[Arg], kwargs: list[tuple[str, Arg]]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chanopt import disk_cache
 from chanopt.kernels.call import Call
 from chanopt.kernels.configs import H100_MULTIPROCESSORS, Config, candidates, heuristic
 from chanopt.kernels.emit import chanopt_version
@@ -29,7 +29,7 @@ from chanopt.kernels.reference import channels as gathered_channels
 from chanopt.kernels.reference import reference
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 1
+_KEY = "choices"
 # Working set above which a kernel finds nothing of its last run in the L2 cache of an H100 (50 MB).
 _ROTATED_BYTES = 150_000_000
 _MOST_BUFFERS = 8
@@ -71,9 +71,8 @@ class Choice:
 
 
 def default_path() -> Path:
-    """Where choices are kept: under CHANOPT_CACHE_DIR, or the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("CHANOPT_CACHE_DIR") or Path(home) / "chanopt") / "tuner.json"
+    """Where choices are kept."""
+    return disk_cache.cache_file("tuner.json")
 
 
 def key_of(problem: Problem, machine: str) -> str:
@@ -116,7 +115,7 @@ class Tuner:
         self.measure = measure or graph_time
         self.machine = machine or machine_name(device)
         self.tensors = tensors or device
-        self._known: dict[str, Choice] = _read(path)
+        self._known = disk_cache.read(path, _KEY, Choice.from_json)
         self._used: dict[str, Choice] = {}
 
     def choose(self, problem: Problem) -> Choice:
@@ -126,7 +125,7 @@ class Tuner:
             if self.tensors is None:
                 return Choice("triton", self._heuristic(problem), {})
             self._known[key] = self._tuned(problem)
-            _write(self.path, {key: self._known[key]})
+            disk_cache.add(self.path, _KEY, Choice.from_json, {key: self._known[key].to_json()})
         self._used[key] = self._known[key]
         return self._known[key]
 
@@ -328,29 +327,3 @@ def wall_time(run: Run, buffers: int, replays: int = 3) -> float:
         run(i % buffers)
         taken.append((time.perf_counter() - started) * 1e6)
     return statistics.median(taken)
-
-
-def _read(path: Path | None) -> dict[str, Choice]:
-    """Choices of a file; none if it is not there, from another version, or damaged (it is then written anew)."""
-    if path is None or not path.exists():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["version"] != _VERSION:
-            return {}
-        return {key: Choice.from_json(choice) for key, choice in data["choices"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        _LOG.warning("%s is damaged (%s: %s); its choices are measured again", path, type(error).__name__, error)
-        return {}
-
-
-def _write(path: Path | None, made: Mapping[str, Choice]) -> None:
-    """Add choices to a file; another process may have added some meanwhile."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    every = _read(path) | dict(made)
-    data = {"version": _VERSION, "choices": {key: choice.to_json() for key, choice in sorted(every.items())}}
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def build(
         parameters_before=old.parameters,
         parameters_after=new.parameters,
         segments=tuple(_segment(ordered) for ordered in notes.get("segments", ())),
-        layers=_layers(before, after),
+        layers=_layers(before, after, notes.get("reads", ())),
         refusals=after.refusals,
         seconds=dict(seconds),
     )
@@ -67,8 +68,9 @@ def _segment(ordered: Any) -> SegmentReport:
     )
 
 
-def _layers(before: Program, after: Program) -> tuple[LayerReport, ...]:
+def _layers(before: Program, after: Program, realized: Sequence[Any]) -> tuple[LayerReport, ...]:
     reasons = why_kept(after)
+    ways = {choice.result: choice for choice in realized}
     left: dict[str, list[Op]] = {}
     for op in after.ops:
         if op.linear:
@@ -79,8 +81,14 @@ def _layers(before: Program, after: Program) -> tuple[LayerReport, ...]:
             continue
         same = left.get(op.layer, [])
         now = same.pop(0) if same else None
-        rows.append(_layer(op, before, now, after, reasons))
+        row = _layer(op, before, now, after, reasons)
+        choice = ways.get(now.result) if now is not None else None
+        rows.append(row if choice is None else replace(row, way=choice.way.value, costs=_named(choice.seconds)))
     return tuple(rows)
+
+
+def _named(seconds: Mapping[Any, float]) -> dict[str, float]:
+    return {way.value: spent for way, spent in seconds.items()}
 
 
 def _layer(op: Op, before: Program, now: Op | None, after: Program, reasons: Mapping[str, Reasons]) -> LayerReport:

@@ -37,7 +37,7 @@ ROW = 18
 """Pixels from one reader to the next."""
 GAP = 24
 """Pixels between readers of different layouts, for the cut."""
-READS = ("whole", "range", "gather", "gone")
+READS = ("whole", "range", "fused", "gather", "gone")
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,10 +52,12 @@ class LayerReport:
         name: the user's module.
         channels_in: input channels before and after.
         channels_out: output channels before and after.
-        reads: how it takes its input: "whole", "range" or "gather".
+        reads: how its input's channels lie: "whole", "range", "gather", or "fused" (several ranges, not copied).
         kept: why output channels were kept, as {reason: channels}, the channels as ranges ("0:16,31").
         parameters: entries of its weight and bias before and after.
         macs: multiply-accumulates before and after.
+        way: how a conv that reads a part of a tensor was chosen to (:class:`chanopt.target.Realization`); else "".
+        costs: predicted or measured seconds of the ways that it had.
     """
 
     name: str
@@ -65,6 +67,8 @@ class LayerReport:
     kept: Mapping[str, str]
     parameters: tuple[int, int]
     macs: tuple[int, int]
+    way: str = ""
+    costs: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,7 +134,7 @@ def _layer(layer: LayerReport) -> _Row:
         layer.name,
         _change(layer.channels_in),
         _change(layer.channels_out),
-        layer.reads,
+        f"{layer.reads}, {layer.way}" if layer.way not in ("", "view", "gather", layer.reads) else layer.reads,
         count(layer.macs[1]),
     )
 

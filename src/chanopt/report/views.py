@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from chanopt.ir import IndexMap
 from chanopt.report.report import LayerReport, Report, SegmentReport
 from chanopt.report.units import size
-from chanopt.solve import Reader
+from chanopt.solve import Instance, Reader
 from chanopt.solve.solution import cost, is_free
 
 Run = tuple[int, int]
@@ -64,8 +64,12 @@ def branching(report: Report) -> list[SegmentReport]:
 
 def original_bytes(segment: SegmentReport) -> float:
     """Bytes that the readers gather if the channels keep their original order."""
-    order = tuple(range(segment.instance.channels))
-    return cost(segment.instance, (order,) * segment.instance.values)[2]
+    return _in_original_order(segment.instance)
+
+
+def _in_original_order(instance: Instance) -> float:
+    order = tuple(range(instance.channels))
+    return cost(instance, (order,) * instance.values)[2]
 
 
 def gathered(report: Report) -> tuple[float, int]:
@@ -73,7 +77,11 @@ def gathered(report: Report) -> tuple[float, int]:
 
     The first is what the permutation programs charge, the second is counted in the program as laid out.
     """
-    return sum(original_bytes(segment) for segment in report.segments), report.copied_bytes
+    ranges = [
+        replace(segment.instance, readers=tuple(r for r in segment.instance.readers if not r.grain))
+        for segment in report.segments
+    ]
+    return sum(map(_in_original_order, ranges)), report.copied_bytes
 
 
 def proof(segment: SegmentReport) -> str:

@@ -1,0 +1,146 @@
+"""Choose, for every conv that reads some channels of a tensor, how it comes by them on the target."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from chanopt.analysis.convs import geometry
+from chanopt.analysis.weights import weight_param
+from chanopt.ir import Access, How, IndexMap, Kind, Op, Param, Program, Read, physical_read
+from chanopt.pass_infra import Pass, PassResult
+from chanopt.target import ConvRead, Measured, Realization, Target
+
+READS = "reads"
+"""Key of this pass's notes: a tuple of :class:`Realized`."""
+
+_HOW = {Realization.GEMM: How.PRODUCT, Realization.RUNS: How.RUNS, Realization.FUSED: How.FUSED}
+_WIDER = (Realization.COVER, Realization.DENSE)
+
+
+@dataclass(frozen=True, slots=True)
+class Realized:
+    """How a conv comes by its channels, and what the ways it has were said to cost.
+
+    Attributes:
+        result: the value that it makes.
+        layer: the user's module.
+        way: the one that was chosen.
+        seconds: predicted, or measured, by way.
+    """
+
+    result: str
+    layer: str
+    way: Realization
+    seconds: Mapping[Realization, float]
+
+
+@dataclass(frozen=True)
+class RealizeReads(Pass):
+    """Let every conv read in the way that costs least on the target (chanopt.target).
+
+    Cases:
+        1. a 1x1 conv becomes a matrix product over the strided range, or a sum of such products over a few ranges,
+           where the device would copy the range before a conv;
+        2. on a GPU, channels last, a conv becomes ``chanopt::gather_conv2d``, which gathers while it loads;
+        3. where copying costs more than multiplying with zeros, the read is widened to the shortest range that covers
+           it, or to all of the tensor, with zero columns in the weight: nothing gets slower than it was.
+
+    Ties, and gains below ``margin``, leave the plain way: a view of a range, or a gather.
+
+    Attributes:
+        margin: share of the plain way's cost that another way must save.
+
+    Before and after (a CPU, channels last)::
+
+        %b = mix conv2d(%a{4:36}, @w<0,1>, ...)      %b = mix conv2d(%a{4:36}, @w<0,1>, ...) how=product
+    """
+
+    margin: float = 0.03
+
+    name: ClassVar[str] = "realize_reads"
+
+    def apply(self, program: Program) -> PassResult:
+        """Decide conv by conv; a gather that several share is divided among them."""
+        target = replace(Target.parse(program.target), cost=program.costs)
+        found = {op.result: read for op in program.ops if (read := self._read(op, program)) is not None}
+        shared = Counter(_positions(op, program) for op in program.ops if op.result in found)
+        ops: list[Op] = []
+        weights: dict[str, torch.Tensor] = {}
+        notes: list[Realized] = []
+        if isinstance(target.cost, Measured):
+            target.cost.prepare(list(found.values()))
+        for op in program.ops:
+            if op.result in found:
+                read = replace(found[op.result], sharing=shared[_positions(op, program)])
+                chosen = self._chosen(op, read, target)
+                notes.append(chosen)
+                op = _realized(op, chosen.way, program, weights)
+            ops.append(op)
+        changed = any(new is not old for new, old in zip(ops, program.ops, strict=True))
+        after = program.evolve(ops=ops, weights=weights) if changed else program
+        return PassResult(after, changed, notes={READS: tuple(notes)})
+
+    def _read(self, op: Op, program: Program) -> ConvRead | None:
+        """The conv of an op, if it reads less than a whole tensor and has more than one way to."""
+        if op.kind is not Kind.MIX or not op.linear or op.how is not How.OWN or op.reads[0].access is not Access.SET:
+            return None
+        shape = geometry(op, program)
+        if shape is None:
+            return None
+        operand = program.values[op.reads[0].value]
+        positions = physical_read(op, op.reads[0], program).positions
+        weight = program.weights[weight_param(op).name]
+        made = len(program.values[op.result].live)
+        runs = tuple(positions.runs())
+        if not runs or not made or len(positions) == len(operand.live):
+            return None
+        return ConvRead(
+            len(operand.live), runs, made, *shape, program.batch, weight.element_size(), program.channels_last
+        )
+
+    def _chosen(self, op: Op, read: ConvRead, target: Target) -> Realized:
+        costs = {way: target.seconds(read, way) for way in target.ways(read)}
+        plain = next(iter(costs))
+        best = min(costs, key=lambda way: costs[way])
+        gains = costs[best] < (1 - self.margin) * costs[plain]
+        return Realized(op.result, op.label(), best if gains else plain, costs)
+
+
+def _positions(op: Op, program: Program) -> tuple[str, IndexMap]:
+    return op.reads[0].value, physical_read(op, op.reads[0], program).positions
+
+
+def _realized(op: Op, way: Realization, program: Program, weights: dict[str, torch.Tensor]) -> Op:
+    if way in _HOW:
+        return replace(op, how=_HOW[way])
+    return _widened(op, way, program, weights) if way in _WIDER else op
+
+
+def _widened(op: Op, way: Realization, program: Program, weights: dict[str, torch.Tensor]) -> Op:
+    """The op reading more channels, with zeros in its weight for those it did not read."""
+    read, param = op.reads[0], weight_param(op)
+    layout = program.values[read.value].live
+    positions = physical_read(op, read, program).positions.array
+    first, last = (0, len(layout)) if way is Realization.DENSE else (positions.min(), positions.max() + 1)
+    wide = IndexMap(layout.live.array[first:last])
+    tensor = program.weights[param.name]
+    assert param.inn is not None  # the weight of a mix
+    unread = torch.ones(tensor.shape[param.inn], dtype=torch.bool, device=tensor.device)
+    unread[torch.from_numpy(read.index.array.copy()).to(tensor.device)] = False
+    name = f"{param.name}_covering" if param.name in _shared(program) else param.name
+    while name in weights:
+        name += "_"
+    weights[name] = tensor.detach().index_fill(param.inn, unread.nonzero().flatten(), 0)
+    new: dict[int, Read | Param] = {id(read): replace(read, index=wide), id(param): replace(param, name=name)}
+    return op.map_args(lambda arg: new.get(id(arg), arg))
+
+
+def _shared(program: Program) -> set[str]:
+    """Parameters that several ops have."""
+    counts = Counter(param.name for op in program.ops for param in op.params)
+    return {name for name, count in counts.items() if count > 1}

@@ -1,0 +1,194 @@
+"""Costs measured on this machine, kept on disk by device and library versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from chanopt import disk_cache
+from chanopt.kernels import gather_conv2d, rounded
+from chanopt.target.read import GROUP, ConvRead
+from chanopt.target.realization import Realization
+
+_KEY = "costs"
+_ROUNDS = 7
+_DTYPES = {2: torch.float16, 4: torch.float32, 8: torch.float64}
+
+Call = Callable[[], Tensor]
+
+
+def default_path() -> Path:
+    """Where costs are kept."""
+    return disk_cache.cache_file("costs.json")
+
+
+@dataclass
+class Measured:
+    """Seconds of a conv by the way it reads, timed once on random tensors and then remembered.
+
+    All ways of one conv are timed in turns, round by round, so that what else the machine does falls on all alike; the
+    median counts. Timing happens in the process and with the threads of the caller.
+
+    Attributes:
+        device: "cpu" or "cuda"; it has to be there.
+        path: the JSON file; None remembers in this object only.
+        progress: whether a bar on standard error shows convs being timed.
+        rounds: timed calls of each way.
+    """
+
+    device: str = "cpu"
+    path: Path | None = field(default_factory=default_path)
+    progress: bool = True
+    rounds: int = _ROUNDS
+    _known: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]], init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._known = disk_cache.read(self.path, _KEY, _seconds_by_way)
+
+    def __call__(self, read: ConvRead, way: Realization) -> float:
+        """The cost of one way.
+
+        Raises:
+            KeyError: the conv does not have this way on this device.
+        """
+        known = self._known.get(self._key(read))
+        if known is None or way.value not in known:
+            self.prepare([read])
+            known = self._known[self._key(read)]
+        # One gather serves all that share it.
+        shared = read.sharing if way is Realization.GATHER else 1
+        plain = known[way.value]
+        return plain if shared == 1 else plain - (1 - 1 / shared) * max(0.0, plain - known["compact"])
+
+    def prepare(self, reads: Sequence[ConvRead]) -> None:
+        """Time what is not known yet, with a progress bar, and keep it."""
+        missing = {key: read for read in reads if (key := self._key(read)) not in self._known}
+        if not missing:
+            return
+        with torch.inference_mode():
+            bar = tqdm(missing.items(), desc="timing convs", unit="conv", disable=None if self.progress else True)
+            for key, read in bar:
+                self._known[key] = self._timed(read)
+        disk_cache.add(self.path, _KEY, _seconds_by_way, {key: self._known[key] for key in missing})
+
+    def _key(self, read: ConvRead) -> str:
+        # What is shared, and where exactly ranges begin, does not change how long anything takes.
+        fields = asdict(replace(read, sharing=1))
+        return json.dumps([machine(self.device), fields], sort_keys=True)
+
+    def _timed(self, read: ConvRead) -> dict[str, float]:
+        calls = calls_of(read, self.device)
+        taken: dict[str, list[float]] = {name: [] for name in calls}
+        for call in calls.values():
+            call()
+        for _ in range(self.rounds):
+            for name, call in calls.items():
+                taken[name].append(self._seconds(call))
+        return {name: statistics.median(times) for name, times in taken.items()}
+
+    def _seconds(self, call: Call) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+def _seconds_by_way(entry: Mapping[str, float]) -> dict[str, float]:
+    return {str(way): float(seconds) for way, seconds in entry.items()}
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """What timings depend on besides the conv."""
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} {_processor()}"
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def calls_of(read: ConvRead, device: str) -> Mapping[str, Call]:
+    """Something to call for every way that the conv has, by its name, and "compact": nothing to gather."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = _DTYPES[read.itemsize]
+    memory_format = torch.channels_last if read.channels_last else torch.contiguous_format
+
+    def random(*shape: int) -> Tensor:
+        made = torch.randn(*shape, generator=generator).to(device, dtype)
+        return made.contiguous(memory_format=memory_format)
+
+    x = random(read.batch, read.stored, *read.size)
+    weight, bias = random(read.made, read.stored, *read.kernel), random(read.made, 1, 1, 1).flatten()
+    every = torch.arange(read.stored, device=device)
+    index = torch.cat([every[start:stop] for start, stop in read.runs])
+    own = weight.index_select(1, index).contiguous(memory_format=memory_format)
+    geometry: dict[str, Any] = {"stride": read.stride, "padding": read.padding, "dilation": read.dilation}
+    compact = random(read.batch, read.taken, *read.size)
+    first, last = read.runs[0][0], read.runs[-1][1]
+    span = weight[:, first:last].contiguous(memory_format=memory_format)
+
+    def take() -> Tensor:
+        if not read.channels_last:
+            return x.index_select(1, index)
+        return _image(_rows(x).index_select(1, index), read)
+
+    groups = read.blocks(GROUP)
+    columns = rounded(len(groups) * GROUP)
+    groups += [groups[-1]] * (columns // GROUP - len(groups))
+    table = torch.tensor(groups, dtype=torch.int32, device=device)
+    wide, wide_bias = random(read.made, columns, *read.kernel), bias.float()
+
+    def conv(operand: Tensor, by: Tensor) -> Tensor:
+        return functional.conv2d(operand, by, bias, **geometry)
+
+    calls: dict[Realization, Call] = {
+        Realization.VIEW: lambda: conv(x[:, first:last], span),
+        Realization.GATHER: lambda: conv(take(), own),
+        Realization.GEMM: lambda: _product(x[:, first:last] if len(read.runs) == 1 else take(), own, bias, read),
+        Realization.RUNS: lambda: _by_runs(x, own, bias, read),
+        Realization.FUSED: lambda: gather_conv2d(x, wide, wide_bias, table, GROUP, **geometry),
+        Realization.COVER: lambda: conv(x[:, first:last], span),
+        Realization.DENSE: lambda: conv(x, weight),
+    }
+    ways = {way.value: calls[way] for way in read.ways(device, "eager")}
+    return ways | {"compact": lambda: conv(compact, own)}
+
+
+def _product(operand: Tensor, weight: Tensor, bias: Tensor, read: ConvRead) -> Tensor:
+    if read.channels_last:
+        return _image(functional.linear(_rows(operand), weight.flatten(1), bias), read)
+    factor = weight.flatten(1).expand(read.batch, -1, -1)
+    return torch.baddbmm(bias[:, None], factor, operand.flatten(2)).unflatten(2, read.size)
+
+
+def _by_runs(x: Tensor, weight: Tensor, bias: Tensor, read: ConvRead) -> Tensor:
+    made, column = bias, 0
+    for start, stop in read.runs:
+        part = weight[:, column : column + stop - start].flatten(1)
+        column += stop - start
+        made = torch.addmm(made, _rows(x)[:, start:stop], part.t())
+    return _image(made, read)
+
+
+def _rows(image: Tensor) -> Tensor:
+    return image.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _image(rows: Tensor, read: ConvRead) -> Tensor:
+    return rows.unflatten(0, (read.batch, *read.size)).permute(0, 3, 1, 2)

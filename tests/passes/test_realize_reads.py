@@ -1,0 +1,263 @@
+"""RealizeReads and AlignChannels: every way of reading means the same, and the cheapest is taken."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import chanopt
+from chanopt.ir import How, Program, parse, physical_read
+from chanopt.pass_infra import checked
+from chanopt.passes import AlignChannels, RealizeReads
+from chanopt.target import ConvRead, Measured, Realization, Target
+from tests.support.equal import assert_same_function
+from tests.support.masks import mask_randomly
+from tests.support.micro import MICRO
+from tests.support.nets.base import Net, conv, image, randomise
+from tests.support.passes import kill, passes_before, prepared
+
+R = Realization
+aten = torch.ops.aten
+
+
+def prefer(*wanted: Realization) -> Callable[[ConvRead, Realization], float]:
+    """A cost under which these ways are taken wherever a conv has them."""
+    return lambda _, way: 0.0 if way in wanted else 1.0
+
+
+def readers(kernel: int = 1) -> nn.Module:
+    """A stream of 24 channels with three readers, of which no order serves all."""
+    net = Net(
+        lambda n, x: _all(n.a(x).relu(), n.b, n.c, n.d),
+        a=conv(3, 24, 3),
+        **{name: nn.Conv2d(24, 8, kernel, padding=kernel // 2) for name in ("b", "c", "d")},
+    )
+    net = randomise(net).eval()
+    for number, reader in enumerate((net.b, net.c, net.d)):
+        kill(reader, inputs=[c for c in range(24) if (c // (number + 1)) % 2])
+    return net
+
+
+def _all(y: torch.Tensor, *branches: nn.Module) -> torch.Tensor:
+    return torch.cat([branch(y) for branch in branches], 1)
+
+
+def run(net: nn.Module, x: torch.Tensor, target: Target) -> tuple[nn.Module, Program]:
+    with checked():
+        fast = chanopt.optimize(net, (x,), target=target)
+    assert isinstance(fast, torch.fx.GraphModule)
+    return fast, chanopt.Plan.of(fast).program
+
+
+def ways(program: Program) -> Counter[How]:
+    return Counter(op.how for op in program.ops if op.linear)
+
+
+LAST = torch.channels_last
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("memory_format", [LAST, torch.contiguous_format], ids=["last", "contiguous"])
+@pytest.mark.parametrize("way", list(R), ids=lambda way: way.value)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_every_way_computes_the_same(way: Realization, memory_format: Any, batch: int, kernel: int) -> None:
+    net = readers(kernel)
+    x = torch.randn(batch, 3, 9, 8).contiguous(memory_format=memory_format)
+    device = "cuda" if way is R.FUSED else "cpu"
+    fast, _ = run(net, x, Target(device, cost=prefer(way)))
+    if way is not R.FUSED:  # whose kernel knows no float64
+        assert_same_function(net, fast, (x,), allow_constant=batch == 1)
+    for size, images in ((9, batch), (13, batch + 2 if batch > 1 else 1)):
+        fresh = torch.randn(images, 3, size, 8).contiguous(memory_format=memory_format)
+        torch.testing.assert_close(fast(fresh), net(fresh), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("way", "device", "memory_format", "how"),
+    [
+        (R.GEMM, "cpu", LAST, How.PRODUCT),
+        (R.GEMM, "cpu", torch.contiguous_format, How.PRODUCT),
+        (R.RUNS, "cpu", LAST, How.RUNS),
+        (R.FUSED, "cuda", LAST, How.FUSED),
+    ],
+)
+def test_a_way_that_is_cheapest_is_taken(way: Realization, device: str, memory_format: Any, how: How) -> None:
+    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=memory_format)
+    fast, program = run(readers(), x, Target(device, cost=prefer(way)))
+    assert ways(program)[how] > 0
+    assert parse(str(program)) == replace(program, dialect=None, costs=None)
+    report = chanopt.explain(fast)
+    assert [layer.way for layer in report.layers].count(way.value) == ways(program)[how]
+    assert f", {way.value}" in str(report) or way is R.FUSED
+    again = chanopt.Report.from_json(report.to_json())
+    assert again.layers == report.layers
+    assert all(set(layer.costs) >= {way.value} for layer in report.layers if layer.way == way.value)
+
+
+def test_ways_that_copy_nothing_count_no_copies() -> None:
+    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    for way, device in ((R.RUNS, "cpu"), (R.FUSED, "cuda")):
+        plain = chanopt.explain(run(readers(), x, Target(device, cost=prefer(R.VIEW, R.GATHER)))[0])
+        fast, _ = run(readers(), x, Target(device, cost=prefer(way)))
+        report = chanopt.explain(fast)
+        assert report.copies < plain.copies
+        selected = [n for n in fast.graph.nodes if n.target is aten.index_select.default]  # type: ignore[union-attr]
+        assert len(selected) == report.copies
+
+
+@pytest.mark.parametrize("way", [R.COVER, R.DENSE])
+def test_a_wider_read_multiplies_zeros_and_gathers_nothing(way: Realization) -> None:
+    net, x = readers(3), torch.randn(1, 3, 9, 8)
+    narrow = chanopt.explain(run(net, x, Target("cpu"))[0])
+    assert narrow.gathers > 0
+    fast, program = run(net, x, Target("cpu", cost=prefer(way, R.VIEW)))
+    wide = chanopt.explain(fast)
+    assert wide.gathers == 0
+    assert wide.macs_after > narrow.macs_after
+    read = {op.label(): physical_read(op, op.reads[0], program) for op in program.ops if op.linear}
+    gathered = next(layer.name for layer in narrow.layers if layer.reads == "gather")
+    weight = fast.get_parameter(f"{gathered}.weight")
+    kept = torch.tensor([bool(net.get_parameter(f"{gathered}.weight")[:, c].any()) for c in read[gathered].channels])
+    assert not weight[:, ~kept].any()
+    assert weight[:, kept].any()
+
+
+def test_a_weight_that_is_used_twice_is_widened_for_one_of_its_uses() -> None:
+    net = Net(
+        lambda n, x: torch.cat([_all(n.a(x).relu(), n.b, n.c), n.b(n.e(x).relu())], 1),
+        a=conv(3, 24, 3),
+        e=conv(3, 24, 3),
+        b=conv(24, 8),
+        c=conv(24, 8),
+    )
+    net = randomise(net).eval()
+    kill(net.b, inputs=range(0, 24, 2))
+    kill(net.c, inputs=range(0, 24, 3))
+    x = torch.randn(1, 3, 6, 6)
+    fast, _ = run(net, x, Target("cpu", cost=prefer(R.DENSE)))
+    assert_same_function(net, fast, (x,), allow_constant=True)
+
+
+def test_the_plain_way_stays_where_another_gains_less_than_the_margin() -> None:
+    def near(_: ConvRead, way: Realization) -> float:
+        return 0.99 if way is R.GEMM else 1.0
+
+    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    _, program = run(readers(), x, Target("cpu", cost=near))
+    assert set(ways(program)) == {How.OWN}
+
+
+def test_one_image_in_nchw_is_left_as_it_is() -> None:
+    program = prepared(readers(), image(), passes_before(RealizeReads), batch=1)
+    assert not RealizeReads()(program).modified
+
+
+def test_relu_writes_over_the_result_of_a_product() -> None:
+    net = Net(
+        lambda n, x: _all(n.a(x).relu(), nn.Sequential(n.b, nn.ReLU(), n.d), n.c),
+        a=conv(3, 16),
+        b=conv(16, 8),
+        c=conv(16, 8),
+        d=conv(8, 8),
+    )
+    net = randomise(net).eval()
+    kill(net.b, inputs=range(8))
+    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    fast, program = run(net, x, Target("cpu", cost=prefer(R.GEMM)))
+    assert ways(program)[How.PRODUCT] >= 1
+    assert isinstance(fast, torch.fx.GraphModule)
+    after = {n.target for n in fast.graph.nodes if n.op == "call_function"}
+    assert aten.relu.default not in after
+    fast.double()(x.double()).sum().backward()
+    net.double()(x.double()).sum().backward()
+    wanted = net.get_parameter("b.weight").grad
+    assert wanted is not None
+    torch.testing.assert_close(fast.get_parameter("b.weight").grad, wanted[:, 8:])
+
+
+def test_measured_costs_are_asked_for_once_for_all_convs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(Measured, "prepare", lambda self, reads: asked.append(len(reads)))
+    monkeypatch.setattr(Measured, "__call__", lambda self, read, way: 1.0)
+    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    chanopt.optimize(readers(), (x,), target=Target("cpu", cost=Measured(path=None, progress=False)))
+    assert len(asked) == 1
+    assert asked[0] >= 2
+
+
+@pytest.mark.parametrize("name", sorted(MICRO)[::3])
+def test_micro_nets_for_a_gpu(name: str) -> None:
+    """Planned for CUDA and run here, channels last where there are images: the operators have ATen forms."""
+    net = MICRO[name].build()
+    mask_randomly(net, 3, side="both", mode="uniform", amount=0.4)
+
+    def last(t: Any) -> Any:
+        return t.contiguous(memory_format=LAST) if isinstance(t, torch.Tensor) and t.dim() == 4 else t
+
+    inputs = torch.utils._pytree.tree_map(last, MICRO[name].inputs(MICRO[name].fixed_batch or 2, torch.float32, 0))
+    with checked():
+        fast = chanopt.optimize(net, inputs, target="cuda")
+    _close(net, fast, inputs)
+
+
+def _close(net: nn.Module, fast: nn.Module, inputs: tuple[Any, ...]) -> None:
+    with torch.no_grad():
+        wanted, found = (torch.utils._pytree.tree_leaves(module(*inputs)) for module in (net, fast))
+    for one, other in zip(wanted, found, strict=True):
+        if isinstance(one, torch.Tensor) and one.is_floating_point():
+            scale = one.abs().max().item() or 1.0
+            assert (one - other).abs().max().item() <= 2e-5 * scale
+
+
+# -- AlignChannels --------------------------------------------------------------------------------------------------------
+
+
+def counts(program: Program) -> set[int]:
+    return {len(v.layout) % 8 for v in program.values.values() if v.layout is not None and len(v.layout) > 3}
+
+
+def test_counts_become_whole_groups_for_a_gpu_in_channels_last() -> None:
+    net = Net(
+        lambda n, x: n.d(n.b(n.a(x).relu()) + n.c(x)), a=conv(3, 24), b=conv(24, 24), c=conv(3, 24), d=conv(24, 8)
+    )
+    net = randomise(net).eval()
+    kill(net.b, inputs=range(7))
+    kill(net.d, inputs=range(5))
+    x = torch.randn(2, 3, 9, 8)
+    for memory_format, whole in ((LAST, True), (torch.contiguous_format, False)):
+        fast, program = run(net, x.contiguous(memory_format=memory_format), Target("cuda"))
+        assert (counts(program) == {0}) == whole
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_channels_that_are_added_lie_behind_the_others() -> None:
+    program = prepared(readers(), image(), passes_before(AlignChannels))
+    program = replace(program, target="cuda", channels_last=True)
+    with checked():
+        after = AlignChannels()(program).program
+    for name, value in program.values.items():
+        if value.layout is not None:
+            live = value.layout.live.tolist()
+            assert after.values[name].live.live.tolist()[: len(live)] == live
+
+
+def test_a_cpu_keeps_odd_counts() -> None:
+    program = prepared(readers(), image(), passes_before(AlignChannels))
+    assert AlignChannels()(replace(program, channels_last=True)).program.target == "cpu"
+    assert not AlignChannels()(replace(program, channels_last=True)).modified
+
+
+def test_a_concat_that_lost_an_operand_is_not_asked_for_its_channels() -> None:
+    net = Net(lambda n, x: n.d(torch.cat([n.a(x), n.b(x)], 1)), a=conv(3, 12), b=conv(3, 12), d=conv(24, 8))
+    net = randomise(net).eval()
+    kill(net.d, inputs=[*range(12), 13, 15])
+    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    fast, program = run(net, x, Target("cuda"))
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
+    assert {op.label() for op in program.ops if op.linear} == {"b", "d"}
