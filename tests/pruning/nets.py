@@ -55,6 +55,61 @@ class Mobile(nn.Module):
         return self.last(self.middle(self.norm(self.first(x)).relu()).relu())
 
 
+class Sum(nn.Module):
+    """Two producers of one stream, with a border behind: an addition keeps what either makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 16, 1)
+        self.other = nn.Conv2d(3, 16, 1)
+        self.end = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end((self.one(x) + self.other(x)).relu())
+
+
+class Grouped(nn.Sequential):
+    """A grouped conv keeps as many channels in every group as in the fullest; a transposed one in groups keeps all."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 12, 3, padding=1),
+            nn.Conv2d(12, 16, 3, padding=1),
+            nn.Conv2d(16, 16, 3, padding=1, groups=4),
+            nn.Conv2d(16, 8, 1),
+            nn.ConvTranspose2d(8, 8, 2, 2, groups=2),
+            nn.Conv2d(8, 6, 1),
+        )
+
+
+class Shared(nn.Module):
+    """A conv that is called twice, with a batch norm behind one call: it may become two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.shared = nn.Conv2d(12, 12, 3, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.out = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.shared(self.stem(x).relu()).relu()
+        return self.out(y) + self.out(self.norm(self.shared(y)).relu())
+
+
+class Attention(nn.Module):
+    """Projections without a module of their own, and layer norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 1)
+        self.layer = nn.TransformerEncoderLayer(16, 4, 64, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     """The model in eval mode with random batch norms, so that none of them is the identity."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +136,45 @@ def test_u21_hrank_over_two_batches(side: Side, tmp_path: Path, capsys: pytest.C
         collect(model, [], Rank(), layers=["1"], side=side, cache=tmp_path / "ranks.pt")
     assert not conv._forward_hooks
     assert not conv._forward_pre_hooks
+
+
+def test_statistics_of_linear_layers() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    x = torch.randn(5, 4)
+    expected = model[0](x).relu().detach().double()
+    mean = collect(model, [x], ActivationMean(), layers=["0"], progress=False)["0"]
+    torch.testing.assert_close(mean, expected.mean(0))
+    share = collect(model, [x[:2], x[2:]], Activity(), layers=["2"], side="input", progress=False)["2"]
+    torch.testing.assert_close(share, (expected != 0).double().mean(0))
+    one = collect(model, [x[0]], ActivationMean(), layers=["0"], progress=False)["0"]
+    torch.testing.assert_close(one, expected[0])
+
+
+def test_collecting_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Dropout(), nn.Conv2d(3, 2, 1)).train()
+    model[2].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(4, 2, 5, 5)
+    found = collect(model, [x], ActivationMean(), layers=["3"], side="input", progress=False)
+    assert [module.training for module in model] == [True, True, False, True]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    again = collect(model.eval(), [x], ActivationMean(), layers=["3"], side="input", progress=False)
+    assert torch.equal(found["3"], again["3"])
+
+
+def test_a_cache_knows_what_it_holds(tmp_path: Path) -> None:
+    model, x, cache = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), torch.randn(2, 3, 4, 4), tmp_path / "it.pt"
+    options: dict[str, Any] = {"layers": ["0"], "cache": cache, "progress": False}
+    found = collect(model, [x], Activity(), **options)
+    assert torch.equal(collect(model, [], Activity(), **options)["0"], found["0"])
+    for other in ({"statistic": ActivationMean()}, {"statistic": Activity(torch.tanh)}, {"side": "input"}):
+        with pytest.raises(MaskError, match=r"expected statistic .*, side .* in .*it.pt, found statistic Activity"):
+            collect(model, [], **{"statistic": Activity(), **options, **other})
+    with pytest.raises(MaskError, match=r"expected statistics of \['0'\] in .*it.pt, found other layers"):
+        collect(model, [], Activity(), at={"0": "1"}, **options)
+    cache.write_text("nothing")
+    with pytest.raises(MaskError, match="found another file"):
+        collect(model, [], Activity(), **options)
 
 
 def test_u21_layers_that_do_not_run_and_other_shapes() -> None:
@@ -296,6 +336,9 @@ def test_d07_random_repeats_with_its_seed() -> None:
     first, again, other = (score(Random(seed), member(layer)) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+    one = Random(0)
+    assert torch.equal(score(one, member(layer)), score(one, member(layer)))
+    assert not torch.equal(score(one, member(layer)), score(one, member(layer, "output")))
 
 
 def test_a_group_has_its_weights_side_by_side() -> None:

@@ -49,6 +49,36 @@ def test_s1_soft_masks_keep_learning() -> None:
     assert (dense[~half(layer)] != 0).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_s1_a_masked_entry_is_zero_whatever_is_stored(kind: type[WeightMask]) -> None:
+    layer = nn.Linear(4, 3)
+    attach(layer, kind)
+    set_mask(layer, half(layer))
+    stored = masks.original(layer)
+    with torch.no_grad():
+        stored[~half(layer)] = torch.inf
+    layer(torch.ones(1, 4)).sum().backward()
+    assert (layer.weight[~half(layer)] == 0).all()
+    with torch.no_grad():
+        assert torch.equal(layer.weight != 0, half(layer))
+    assert stored.grad is not None
+    assert torch.equal(stored.grad != 0, torch.ones(3, 4, dtype=torch.bool) if kind is Soft else half(layer))
+
+
+@pytest.mark.parametrize("how", ["zeros", "hard", "permanent", "soft"])
+def test_masks_add_up(how: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)).eval()
+    apply(model, {"1": Mask(inputs=range(4))}, how)
+    apply(model, {"1": Mask(outputs=range(2))}, how)
+    assert read(model) == {"1": Mask(inputs=(0, 1, 2, 3), outputs=(0, 1))}
+    torch_prune.ln_structured(model[0], "weight", 0.5, n=1, dim=0)
+    zero = (model[0].weight == 0).flatten(1).all(1)
+    apply(model, {"0": Mask(inputs=[0, 1])}, how)
+    model(torch.randn(1, 3, 2, 2))  # torch.nn.utils.prune masks when the module is called
+    assert (model[0].weight[zero] == 0).all()
+    assert (model[0].weight[:, 2] == 0).all()
+
+
 def test_s1_a_mask_starts_as_what_is_not_zero() -> None:
     layer = nn.Linear(4, 3)
     with torch.no_grad():

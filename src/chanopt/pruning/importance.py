@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn, optim
@@ -172,19 +173,17 @@ class FPGM(_OfRows):
         return fpgm(rows)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Random(Importance):
-    """Random scores, the same for the same seed and layers."""
+    """Random scores, the same for the same seed and layers, whenever they are asked for."""
 
     seed: int = 0
-    _generator: torch.Generator = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(self.seed)
 
     def score(self, members: Sequence[Member], count: int) -> Tensor:
         """As :meth:`Importance.score`."""
-        return torch.rand(count, generator=self._generator, dtype=torch.float64)
+        named = ",".join(f"{member.side} of {member.name}" for member in members)
+        generator = torch.Generator().manual_seed(crc32(f"{self.seed}: {named}".encode()))
+        return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -385,6 +384,15 @@ class Accumulator(ABC):
         """Forget everything: called after each pruning."""
         self._values.clear()
         self._counts.clear()
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What :meth:`restore` takes, as plain data."""
+        return {"values": {key: value.tolist() for key, value in self._values.items()}, "counts": dict(self._counts)}
+
+    def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on from a state."""
+        self._values = {key: torch.tensor(value, dtype=torch.float64) for key, value in state["values"].items()}
+        self._counts = {key: int(count) for key, count in state["counts"].items()}
 
     @abstractmethod
     def _merge(self, old: Tensor | None, new: Tensor, count: int) -> Tensor:

@@ -96,8 +96,22 @@ class Soft(WeightMask):
     """Masked entries go on learning: the gradient passes straight through, as if nothing were masked."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The masked parameter; exact, since w + (w - w) is w and w + (0 - w) is 0 in floating point."""
-        return weight + (super().forward(weight) - weight).detach()
+        """The masked parameter, with the gradient of what is not masked."""
+        if not torch.is_grad_enabled():
+            return super().forward(weight)
+        return cast(Tensor, _Straight.apply(weight, self.mask))
+
+
+class _Straight(torch.autograd.Function):
+    """Masked forwards, as if nothing were masked backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, weight, torch.zeros_like(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 _KINDS: tuple[type[WeightMask], ...] = (Hard, Permanent, Soft)
@@ -234,6 +248,8 @@ def _live(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def apply(model: nn.Module, masks: Mapping[str, Mask], how: str = "zeros") -> nn.Module:
     """Put masks by module name into a model, in place; returns the model.
 
+    What a mask of before has dropped stays dropped: masks add up, live ones as zeros do. :func:`set_mask` replaces one.
+
     Args:
         model: the model.
         masks: as :func:`chanopt.pruning.prune` returns them, and as :func:`chanopt.optimize` takes them.
@@ -261,8 +277,10 @@ def _put(module: nn.Module, name: str, keep: Tensor, how: str) -> None:
         with torch.no_grad():
             stored.mul_(keep.to(stored.device))
         return
+    own = masked(module, name) is not None or f"{name}_mask" in module._buffers
+    before = current(module, name) if own else None
     attach(module, _NAMES[how], name)
-    set_mask(module, keep, name)
+    set_mask(module, keep if before is None else keep.to(before.device) & before, name)
 
 
 def read(model: nn.Module) -> dict[str, Mask]:

@@ -9,10 +9,12 @@ Three scopes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeAlias
+from numbers import Integral, Real
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -32,7 +34,11 @@ Scope: TypeAlias = Literal["constrained", "unconstrained", "consecutive"]
 Keep: TypeAlias = "dict[str, Tensor]"
 """By group name, which of its channels are kept: bool, shape (channels,)."""
 
+Choosing: TypeAlias = "Callable[[float], dict[str, Mask]]"
+"""From an amount to masks."""
+
 _STEPS = 24  # halvings of the amount when a cost is aimed at
+_ROUNDS = 4  # new aims where the slim model costs more than was foreseen
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,10 @@ class Pruner:
     """How to choose channels. Called with a model and example inputs, it returns masks; the model is not modified.
 
     Attributes:
-        amount: the share of channels to drop (``target="ratio"``), or of the cost to save; by layer or group name a
-            mapping (what it does not name keeps all).
+        amount: the share of channels to drop (``target="ratio"``), or of the cost to save. Or a mapping: by names of
+            layers, of groups that have no layer of that name (a segment's), or by patterns (``layer1.*``); what it does
+            not name keeps all. A name counts more than a pattern, a pattern more than those after it, and a group with
+            a named layer drops what the mapping says of that layer.
         importance: a name (l1, l2, lamp, fpgm, random, taylor, taylor2, gradient) or an :class:`Importance`.
         side: choose input channels of readers, or output channels of producers.
         scope: see the module.
@@ -168,13 +176,23 @@ class Pruner:
         if self.scope == "consecutive" and self.side == "output":
             raise ChanoptError("expected side 'input' for scope 'consecutive' (readers have windows), found 'output'")
         for amount in self.amount.values() if isinstance(self.amount, Mapping) else (self.amount,):
-            if not 0 <= amount < 1:
-                raise ChanoptError(f"expected an amount of at least 0 and below 1, found {amount}")
+            if not _number(amount) or not 0 <= amount < 1:
+                raise ChanoptError(f"expected an amount of at least 0 and below 1, found {amount!r}")
+        for name, fits, what in (
+            ("multiple", _whole(self.multiple) and self.multiple >= 1, "a whole number from 1 up"),
+            ("floor", _number(self.floor) and self.floor >= 0, "a number of channels, or a share of them below 1"),
+            ("live", _number(self.live) and 0 < self.live <= 1, "a share above 0 and at most 1"),
+            ("effort", _whole(self.effort) and self.effort >= 0, "a whole number from 0 up"),
+        ):
+            if not fits:
+                raise ChanoptError(f"expected {name} as {what}, found {getattr(self, name)!r}")
+        if isinstance(self.ignore, str) or not all(isinstance(cast(Any, name), str) for name in self.ignore):
+            raise ChanoptError(f"expected names of layers in a list to ignore, found {self.ignore!r}")
         if self.locality == "local" and by_name(self.importance).compares:
             raise ChanoptError("expected locality 'global': this importance compares layers, within one it only ranks")
         if isinstance(self.amount, Mapping) and (self.locality == "global" or self.target != "ratio"):
             raise ChanoptError("expected one amount where layers are compared or a cost is aimed at, found a mapping")
-        if isinstance(self.target, str) and self.target not in ("ratio", *costs.COSTS):
+        if not callable(self.target) and self.target not in ("ratio", *costs.COSTS):
             raise ChanoptError(f"expected target ratio, {', '.join(costs.COSTS)} or a cost, found {self.target!r}")
 
     def __call__(
@@ -216,24 +234,54 @@ class Pruner:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise MaskError(f"expected {pattern!r} to name a layer, found none; there are {', '.join(names[:6])}")
 
-    def _reached(
-        self, masks: Callable[[float], dict[str, Mask]], structure: Structure, cost: costs.Cost
-    ) -> dict[str, Mask]:
-        """The masks of the least amount whose cost is within the target."""
+    def _reached(self, masks: Choosing, structure: Structure, cost: costs.Cost) -> dict[str, Mask]:
+        """The masks of the least amount whose slim model is within the target; a warning where none was found."""
         assert not isinstance(self.amount, Mapping)
-        aim = (1 - self.amount) * costs.total(structure, {}, cost)
+        target = aim = (1 - self.amount) * costs.total(structure, {}, cost)
+        best = self._within(aim, masks, structure, cost)
+        if structure.origin.program is None:
+            return best
+        for _ in range(_ROUNDS):
+            real = costs.emitted(structure, best, cost)
+            if real <= target:
+                return best
+            # Reads that were widened to save copies multiply by more channels than are kept.
+            aim = costs.total(structure, best, cost) * target / real
+            try:
+                best = self._within(aim, masks, structure, cost)
+            except MaskError:
+                break
+        real = costs.emitted(structure, best, cost)
+        if real > target:
+            warnings.warn(
+                f"expected a slim model with a cost of at most {target:.6g}, found {real:.6g}: chanopt.optimize reads "
+                "more channels than are kept where that saves copies; scope='consecutive' needs none, or ask for less",
+                stacklevel=4,
+            )
+        return best
+
+    def _within(self, aim: float, masks: Choosing, structure: Structure, cost: costs.Cost) -> dict[str, Mask]:
+        """The masks of the least amount that leaves no more than the aim."""
+        known: dict[object, float] = {}
+
+        def left(trial: dict[str, Mask]) -> float:
+            key = tuple((name, mask.inputs, mask.outputs) for name, mask in trial.items())
+            if key not in known:
+                known[key] = costs.total(structure, trial, cost)
+            return known[key]
+
         low, high = 0.0, 1.0 - 1e-9
         best = masks(high)
-        least = costs.total(structure, best, cost)
-        if least > aim:
+        if left(best) > aim:
             raise MaskError(
-                f"expected a cost of at most {aim:.6g}, found {least:.6g} with as few channels as floor={self.floor}, "
-                f"multiple={self.multiple} and the layers that cannot be pruned allow; lower the amount or the floor"
+                f"expected a cost of at most {aim:.6g}, found {left(best):.6g} with as few channels as "
+                f"floor={self.floor}, multiple={self.multiple} and the layers that cannot be pruned allow; lower the "
+                "amount or the floor"
             )
         for _ in range(_STEPS):
             middle = (low + high) / 2
             trial = masks(middle)
-            if costs.total(structure, trial, cost) <= aim:
+            if left(trial) <= aim:
                 best, high = trial, middle
             else:
                 low = middle
@@ -267,6 +315,7 @@ class _Chosen:
         self.own: dict[str, Tensor] = {}
         if pruner.scope == "consecutive":
             self.own = {m.name: importance.score([m], p.count).double().cpu() for p in parts for m in p.members}
+        self.amounts = _amounts(pruner.amount, parts) if isinstance(pruner.amount, Mapping) else {}
         self.windows: dict[tuple[str, tuple[bool, ...]], dict[str, Mask]] = {}
 
     def masks(self, amount: float | None) -> dict[str, Mask]:
@@ -289,7 +338,7 @@ class _Chosen:
         if amount is not None:
             return amount
         given = self.pruner.amount
-        return given.get(name, 0.0) if isinstance(given, Mapping) else given
+        return self.amounts.get(name, 0.0) if isinstance(given, Mapping) else given
 
     def _over_all(self, amount: float) -> Keep:
         if not self.parts:
@@ -313,6 +362,8 @@ class _Chosen:
         """Windows for the readers of a segment, each as long as what it would read of the common set."""
         if part.segment.ordered:
             return {}
+        if not all(_once(member) for member in part.members):
+            return part.masks(kept)
         key = (part.name, tuple(kept.tolist()))
         if key not in self.windows:
             self.windows[key] = self._chosen_windows(part, kept)
@@ -331,6 +382,54 @@ class _Chosen:
             flags[list(window)] = True
             found |= replace(part, members=(member,)).masks(flags)
         return found
+
+
+def _amounts(given: Mapping[str, float], parts: Sequence[Group]) -> dict[str, float]:
+    """By group name, the amount that a mapping by names and patterns gives it.
+
+    Raises:
+        MaskError: a name that no group has, or two amounts for layers that keep the same channels.
+    """
+    layers = {member.name for part in parts for member in part.members}
+    found: dict[str, float] = {}
+    used: set[str] = set()
+    for part in parts:
+        names = [member.name for member in part.members]
+        names += [part.name] if part.name not in layers else []
+        said = {name: given[name] for name in names if name in given}
+        if len(set(said.values())) > 1:
+            raise MaskError(f"expected one amount for layers that keep the same channels, found {said}")
+        used.update(said)
+        patterns = [key for key in given if any(fnmatchcase(name, key) for name in names)]
+        used.update(patterns)
+        if said or patterns:
+            found[part.name] = next(iter(said.values())) if said else given[patterns[0]]
+    idle = [key for key in given if key not in used]
+    if idle:
+        raise MaskError(
+            f"expected {idle[0]!r} to name a layer whose channels may go here, found none; "
+            f"there are {', '.join(sorted(layers)[:6]) or 'none'}"
+        )
+    return found
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and value is not True and value is not False
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and value is not True and value is not False
+
+
+def _once(member: Member) -> bool:
+    """Whether a layer finds every channel of the group at one place, and all equally often.
+
+    A layer that reads a value and what else became of it, ``cat([y, -y])``, has a window in each: the two lie side by
+    side only if nothing lies behind the first window or before the second.
+    """
+    units, counts = torch.unique_consecutive(member.index, return_counts=True)
+    found = units[units >= 0]
+    return len(found.unique()) == len(found) and len(counts[units >= 0].unique()) <= 1
 
 
 def _reader(member: Member, scores: Tensor, common: set[int]) -> Reader:

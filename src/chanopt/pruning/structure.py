@@ -161,10 +161,15 @@ class Structure:
     Attributes:
         layers: by module name, in order of execution.
         segments: in order of execution.
+        others: by the name of their weight, what multiplies by weights but has no name that masks could be given for
+            (the projections of an attention), or keeps all channels (transposed convs in groups).
+        origin: the program that was looked at, for exact costs; not part of equality, and not kept in JSON or copies.
     """
 
     layers: Mapping[str, Layer]
     segments: tuple[Segment, ...]
+    others: Mapping[str, Layer] = field(default_factory=dict)
+    origin: Origin = field(default_factory=lambda: Origin(), compare=False, repr=False)
 
     def producing(self, layer: str) -> Segment:
         """The segment of a layer's output channels (also of a depthwise conv's).
@@ -190,14 +195,36 @@ class Structure:
 
     def to_json(self) -> str:
         """The JSON text that :meth:`from_json` reads."""
-        return json.dumps(asdict(self))
+        data = asdict(self)
+        del data["origin"]
+        return json.dumps(data)
 
     @classmethod
     def from_json(cls, text: str) -> Structure:
         """Read a structure that :meth:`to_json` wrote."""
         data = json.loads(text)
-        layers = {name: Layer(**_tuples(fields)) for name, fields in data["layers"].items()}
-        return cls(layers, tuple(_segment_from(fields) for fields in data["segments"]))
+        layers, others = (
+            {name: Layer(**_tuples(fields)) for name, fields in data.get(table, {}).items()}
+            for table in ("layers", "others")
+        )
+        return cls(layers, tuple(_segment_from(fields) for fields in data["segments"]), others)
+
+
+class Origin:
+    """Where a structure comes from. A copy, pickled or not, comes from nowhere: a program belongs to its model.
+
+    Attributes:
+        program: as lowered from the model, sharing its weights, or None.
+    """
+
+    __slots__ = ("program",)
+
+    def __init__(self, program: Program | None = None) -> None:
+        self.program = program
+
+    def __reduce__(self) -> tuple[type[Origin], tuple[()]]:
+        """Nothing of the program."""
+        return Origin, ()
 
 
 def _tuples(value: Any) -> Any:
@@ -279,7 +306,7 @@ class _Discovery:
                 if self.program.values[read.value].layout is not None:
                     self._read(op, read)
         self._share_modules()
-        return Structure(self._layers(), self._segments())
+        return Structure(self._layers(), self._segments(), others_of(self.program), Origin(self.program))
 
     def _result(self, op: Op) -> None:
         name, channels = op.result, self.program.values[op.result].live.channels
@@ -355,7 +382,11 @@ class _Discovery:
             if op.linear and op.layer in self.linear:
                 uses.setdefault(op.layer, []).append(op)
         readers = self.program.uses()
-        return {name: _layer(name, ops, self.program, readers) for name, ops in uses.items()}
+
+        def norm(op: Op) -> str:
+            return next((user.layer for user, _ in readers[op.result] if user.target == "aten.batch_norm.default"), "")
+
+        return {name: layer_of(name, ops, self.program, norm(ops[0])) for name, ops in uses.items()}
 
     def _segments(self) -> tuple[Segment, ...]:
         order = {name: position for position, name in enumerate(self.of)}
@@ -418,6 +449,22 @@ def _words(op: Op, program: Program) -> str:
     return f"{op.target} ({op.layer})" if op.layer else op.target
 
 
+def others_of(program: Program) -> dict[str, Layer]:
+    """What multiplies by weights beside the layers that masks can be given for, by the name of its weight."""
+    named = _maskable(program)
+    uses: dict[str, list[Op]] = {}
+    for op in program.ops:
+        if multiplies(op) and not (op.linear and op.layer in named):
+            uses.setdefault(op.args[1].name, []).append(op)
+    return {name: layer_of(name, ops, program) for name, ops in uses.items()}
+
+
+def multiplies(op: Op) -> bool:
+    """Whether an op is a conv or a linear layer, also one whose channels the compiler does not follow."""
+    weighted = len(op.args) > 2 and isinstance(op.args[0], Read) and isinstance(op.args[1], Param)
+    return weighted and (op.linear or op.target.startswith(("aten.conv", "aten.linear.")))
+
+
 def _maskable(program: Program) -> frozenset[str]:
     """Modules whose name stands for one weight, so that a mask by name says which channels are meant."""
     weights: dict[str, set[str]] = {}
@@ -427,20 +474,26 @@ def _maskable(program: Program) -> frozenset[str]:
     return frozenset(layer for layer, names in weights.items() if len(names) == 1)
 
 
-def _layer(name: str, ops: list[Op], program: Program, readers: Mapping[str, list[tuple[Op, Read]]]) -> Layer:
+def layer_of(name: str, ops: list[Op], program: Program, norm: str = "") -> Layer:
+    """The layer that some ops with one weight are, with all its logical channels.
+
+    Args:
+        name: the layer's.
+        ops: its uses.
+        program: where they stand.
+        norm: the batch norm behind it.
+    """
     op = ops[0]
     kind = op.target.split(".")[1]
-    result, operand = program.values[op.result], program.values[op.reads[0].value]
-    param = weight_param(op)
-    shape = program.weights[param.name].shape
+    shape = program.weights[op.args[1].name].shape
     spatial = kind != "linear"
-    groups = op.groups if op.kind is Kind.GROUPED else operand.live.channels if op.kind is Kind.MAP else 1
+    inputs, outputs, groups = _sizes(op, program)
     stride, padding, dilation = _geometry(op, tuple(shape[2:])) if spatial else ((), (), ())
     return Layer(
         name,
         kind,
-        operand.live.channels,
-        result.live.channels,
+        inputs,
+        outputs,
         groups,
         tuple(shape[2:]),
         stride,
@@ -448,11 +501,22 @@ def _layer(name: str, ops: list[Op], program: Program, readers: Mapping[str, lis
         dilation,
         isinstance(op.args[2], Param),
         sum(_positions(use, program) for use in ops),
-        _others(operand.name, program),
-        _others(result.name, program),
+        _others(op.reads[0].value, program),
+        _others(op.result, program),
         len(ops),
-        next((user.layer for user, _ in readers[op.result] if user.target == "aten.batch_norm.default"), ""),
+        norm,
     )
+
+
+def _sizes(op: Op, program: Program) -> tuple[int, int, int]:
+    """Logical inputs, outputs and groups."""
+    if op.linear:
+        operand, result = (program.values[name].live.channels for name in (op.reads[0].value, op.result))
+        return operand, result, op.groups if op.kind is Kind.GROUPED else operand if op.kind is Kind.MAP else 1
+    transposed = op.target.startswith("aten.conv_transpose")
+    groups = 1 if op.target.startswith("aten.linear.") else int(op.args[6])
+    first, second = program.weights[op.args[1].name].shape[:2]
+    return (first, second * groups, groups) if transposed else (second * groups, first, groups)
 
 
 def _geometry(op: Op, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -473,12 +537,18 @@ def _full(item: Any, dims: int) -> tuple[int, ...]:
 def _positions(op: Op, program: Program) -> int:
     transposed = op.target.startswith("aten.conv_transpose")
     value = program.values[op.reads[0].value if transposed else op.result]
-    return value.channel_bytes // getattr(torch, value.dtype).itemsize // max(1, program.batch)
+    if value.layout is not None:
+        return value.channel_bytes // getattr(torch, value.dtype).itemsize // max(1, program.batch)
+    inputs, outputs, _ = _sizes(op, program)
+    return prod(_full_sizes(value.name, program)) // (inputs if transposed else outputs) // max(1, program.batch)
 
 
 def _others(name: str, program: Program) -> tuple[int, ...]:
     """Sizes of the axes that are neither the channels nor, in front, the batch."""
-    value = program.values[name]
+    axis = program.values[name].axis
+    return tuple(size for place, size in enumerate(_full_sizes(name, program)) if place not in (0, axis))
+
+
+def _full_sizes(name: str, program: Program) -> list[int]:
     hints = program.dialect.hints if program.dialect is not None else {}
-    sizes = [size if isinstance(size, int) else hints.get(size, 1) for size in value.shape]
-    return tuple(size for axis, size in enumerate(sizes) if axis not in (0, value.axis))
+    return [size if isinstance(size, int) else hints.get(size, 1) for size in program.values[name].shape]

@@ -314,6 +314,59 @@ def test_the_remedy_pasted_in_is_a_remedy(weights: str) -> None:
     parse_schedule(pasted(text, conflict.remedy)).build(Example4(), inputs=image())
 
 
+class Concat(nn.Module):
+    """Readers of a concat, of its operands the other way round, and where there is a chain of the first operand."""
+
+    def __init__(self, chain: bool) -> None:
+        super().__init__()
+        self.chain = chain
+        self.one = nn.Conv2d(3, 8, 3, padding=1)
+        self.two = nn.Conv2d(8 if chain else 3, 8, 3, padding=1)
+        self.wide = nn.Conv2d(16, 4, 1)
+        self.turned = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = self.one(x).relu()
+        b = self.two(a if self.chain else x).relu()
+        return self.wide(torch.cat([a, b], 1)) + self.turned(torch.cat([b, a], 1))
+
+
+@pytest.mark.parametrize(
+    ("chain", "weights"),
+    [
+        (True, "[two.weight]"),
+        (True, "[wide.weight, turned.weight]"),
+        (False, "[wide.weight, turned.weight]"),
+        (False, "[wide.weight]"),
+    ],
+)
+@pytest.mark.parametrize("leader", ["", "\n    group_dependency: Leader"])
+def test_no_leader_is_offered_where_none_can_lead(chain: bool, weights: str, leader: str) -> None:
+    text = with_policies(CHANNELS, "remove_channels")
+    text = re.sub(r"weights: .*", f"weights: {weights}{leader}", text)
+    for on_conflict in ("raise", "leader"):
+        with pytest.raises(DisagreementError, match="no leader can have them pruned alike") as caught:
+            parse_schedule(text).build(Concat(chain), inputs=image(), on_conflict=on_conflict)
+        assert all(conflict.remedy == "" for conflict in caught.value.conflicts)
+    parse_schedule(text).build(Concat(chain), inputs=image(), on_conflict="unconstrained")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("3", "policies: example_pruner: expected args as names and values, found 3"),
+        ("{levels: 3}", "expected levels by weight, found 3 (in example_pruner)"),
+        ("{mini_batch_pruning_frequency: -1}", "expected mini_batch_pruning_frequency as a number of minibatches"),
+        ("{mini_batch_pruning_frequency: often}", "expected mini_batch_pruning_frequency as a number of minibatches"),
+    ],
+)
+def test_d12_arguments_of_a_policy_that_make_no_sense(arguments: str, told: str) -> None:
+    data = yaml.safe_load(with_policies(LEADER))
+    data["policies"][0]["pruner"]["args"] = yaml.safe_load(arguments)
+    with pytest.raises(ScheduleError, match=re.escape(told)):
+        parse_schedule(yaml.safe_dump(data)).build(Example4(), inputs=image())
+
+
 def test_two_pruners_at_one_join() -> None:
     text = forgotten("[conv1.weight]").replace(
         "extensions:",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chanopt.errors import ChanoptError
+from chanopt.errors import ChanoptError, VerifyError
 from chanopt.pruning.flux import (
     ChannelPrune,
     LevelPrune,
@@ -244,6 +244,62 @@ def test_f11_grouped_convs_by_their_groups() -> None:
     assert gone[:3].any(0).tolist() == [False, True, False, False]
     assert gone[3:].any(0).tolist() == [False, True, False, False]
     same(spread, model, X)
+
+
+def test_f4_the_identity_skips() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    for skip in (lambda layer: layer, nn.Identity(), None):
+        pruned = prune([LevelPrune(0.5), skip], model)
+        assert int((weight(pruned, "0") == 0).sum()) == 6
+        assert (weight(pruned, "1") != 0).all()
+    for wrong in (lambda layer: None, 3, "identity"):
+        with pytest.raises(ChanoptError, match="expected a strategy for Sequential.1, strategies for its children"):
+            prune([LevelPrune(0.5), wrong], model)  # type: ignore[list-item]
+
+
+class Twice(nn.Module):
+    """A conv that is called twice, and two convs that share a weight but not a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.shared = nn.Conv2d(8, 8, 1)
+        self.one = nn.Conv2d(8, 4, 1)
+        self.other = nn.Conv2d(8, 4, 1)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.shared(self.shared(self.stem(x)).relu())
+        return self.one(y) + self.other(y.relu())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_f11_a_weight_that_is_used_twice(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = prune(ChannelPrune(0.5), Twice().eval().double())
+    spread = prune_propagate(model, (X.double(),))
+    same(spread, model, X)
+
+
+def test_f11_a_constant_that_both_uses_read() -> None:
+    torch.manual_seed(0)
+    model = Twice().eval().double()
+    with torch.no_grad():
+        model.shared.weight[:4] = 0
+        model.shared.bias[:2] = torch.tensor([1.0, 2.0])  # to both readers, so that both biases take it
+        model.shared.bias[2:4] = torch.tensor([-3.0, 0.0])  # to one -3, to the other relu(-3) = 0; nothing to either
+    spread = prune_propagate(model, (X.double(),))
+    dead = [bool((weight(spread, "one")[:, channel] == 0).all()) for channel in range(4)]
+    assert dead == [True, True, False, True]
+    same(spread, model, X)
+
+
+def test_f11_what_the_operators_do_not_tell_of_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)).eval()
+    nothing = {"wanted": lambda op, param, wanted, tensor: torch.ones(tensor.shape, dtype=torch.bool)}
+    monkeypatch.setattr("chanopt.pruning.flux.propagate._making", nothing["wanted"])
+    with pytest.raises(VerifyError):
+        prune_propagate(model, (X,))
 
 
 def test_f12_only_the_tutorials_form_is_resized() -> None:

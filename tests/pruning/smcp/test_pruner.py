@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 
 import chanopt
+from chanopt import Mask
 from chanopt.errors import AllocationError
 from chanopt.pruning.masks import Hard, Permanent, Rescale, Soft, apply, masked, read
 from chanopt.pruning.slices import original
@@ -23,13 +26,17 @@ from chanopt.pruning.smcp import (
     LatencyTable,
     MacCost,
     Options,
+    ParameterCost,
     Schedule,
     SoftMaskCallback,
     SoftMaskPruner,
     choose,
+    discover_groups,
     measure_latencies,
 )
 from chanopt.pruning.smcp.costs import key_of
+from chanopt.torchvision_shim import ensure_torchvision
+from tests.pruning.nets import Attention, Dense, Grouped, Mobile, Shared, Sum, randomised
 from tests.pruning.smcp.nets import Branches, Residual, trained_norms
 
 SCHEDULE = Schedule(0.5, epochs=6, warmup=1, ramp=2, cooldown=1, every=2)
@@ -224,6 +231,30 @@ def test_s16_a_worthless_branch_goes_whole(residual: Groups) -> None:
     assert len(kept[places["conv1"]]) == 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_s16_blocks_of_a_resnet_go_whole(name: str, request: pytest.FixtureRequest) -> None:
+    x = (torch.randn(1, 3, 64, 64),)
+    if name == "resnet18":
+        model, groups = request.getfixturevalue(name)
+    else:
+        ensure_torchvision()
+        model = importlib.import_module("torchvision.models").resnet50(weights=None).eval()
+        groups = discover_groups(model, x)
+    dead = ["layer2.1.conv1", "layer3.1.conv1", "layer4.1.conv1"]
+    scores = {
+        group.name: [0.0 if group.name in dead else 1.0] * group.channels for group in groups.groups if group.prunable
+    }
+    choice = choose(groups, scores, ratio=0.3, options=Options(layer_pruning=True))
+    gone = [group.name for group, kept in zip(groups.groups, choice.kept, strict=True) if not kept]
+    assert set(dead) <= set(gone)
+    masked_twin = apply(trained_norms(copy.deepcopy(model)), choice.masks)
+    fast = chanopt.optimize(masked_twin, x)
+    assert chanopt.verify(masked_twin, fast, x, trials=1) <= 4e-7
+    left = {layer.rpartition(".")[0] for layer in names_of(fast)}
+    assert not left & {layer.rpartition(".")[0] for layer in dead}
+
+
 def test_s16_branches_do_not_both_go(branches: Groups) -> None:
     """Neither branch alone is a cut; the two together are, which one-by-one tests do not see."""
     places = {group.name: number for number, group in enumerate(branches.groups)}
@@ -236,6 +267,64 @@ def test_s16_branches_do_not_both_go(branches: Groups) -> None:
     assert not {places["left"], places["right"]} <= gone
     model = apply(trained_norms(Branches()), choice.masks)
     chanopt.verify(model, chanopt.optimize(model, X), X)
+
+
+def chain(*layers: nn.Module) -> nn.Module:
+    return trained_norms(nn.Sequential(*layers))
+
+
+class Bypass(nn.Module):
+    """A block with or without a conv on its bypass."""
+
+    def __init__(self, bypass: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 1))
+        self.bypass = nn.Conv2d(8, 8, 1) if bypass else nn.Identity()
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x).relu()
+        return self.last((self.block(y) + self.bypass(y)).relu())
+
+
+NINE: dict[str, tuple[Callable[[], nn.Module], dict[str, Mask]]] = {
+    "inputs": (lambda: chain(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), {"2": Mask(inputs=range(3))}),
+    "outputs": (lambda: chain(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), {"0": Mask(outputs=range(3))}),
+    "norm": (
+        lambda: chain(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+        {"3": Mask(inputs=[1, 2, 5])},
+    ),
+    "constant behind a norm": (
+        lambda: chain(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)),
+        {"0": Mask(outputs=[1, 2, 5])},
+    ),
+    "depthwise": (
+        lambda: chain(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)),
+        {"3": Mask(inputs=[0, 7])},
+    ),
+    "linear": (
+        lambda: chain(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 6), nn.Linear(6, 3)),
+        {"3": Mask(inputs=range(8, 20)), "4": Mask(inputs=[1, 4])},
+    ),
+    "bypass": (lambda: trained_norms(Bypass(False)), {"block.0": Mask(inputs=[0, 1]), "last": Mask(inputs=[1, 2])}),
+    "bypass with a conv": (
+        lambda: trained_norms(Bypass(True)),
+        {"bypass": Mask(inputs=[3]), "block.3": Mask(inputs=[0], outputs=[0, 2]), "last": Mask(inputs=[0, 2, 3])},
+    ),
+    "dead layer": (lambda: trained_norms(Bypass(False)), {"block.3": Mask(inputs=())}),
+}
+
+
+@pytest.mark.parametrize("name", NINE)
+def test_s20_nine_slim_models_in_float64(name: str) -> None:
+    build, masks = NINE[name]
+    model = apply(build(), masks).double()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    fast = chanopt.optimize(model, (x,))
+    fresh = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(fast(fresh), model(fresh), rtol=0, atol=1e-11)
+    assert sum(p.numel() for p in fast.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 def test_s20_slim_models_compute_the_same_and_cost_what_was_said(residual: Groups) -> None:
@@ -256,6 +345,41 @@ def test_s20_slim_models_compute_the_same_and_cost_what_was_said(residual: Group
         fast = chanopt.optimize(model := apply(trained_norms(Residual()), choice.masks), X)
         assert chanopt.explain(fast).macs_after == choice.allocation.cost
         assert model is not fast
+
+
+@pytest.mark.parametrize("net", [Sum, Grouped, Shared, Attention, Dense, Mobile])
+@pytest.mark.parametrize("cost", [ParameterCost(), MacCost()])
+def test_s20_what_was_said_is_the_slim_model(net: type[nn.Module], cost: Any) -> None:
+    """Also of layers without a name for masks, in groups, or called twice and cut differently."""
+    model = randomised(net())
+    groups = discover_groups(model, X)
+    scores = {group.name: torch.rand(group.channels).tolist() for group in groups.groups}
+    choice = choose(groups, scores, cost, 0.15, Options(multiple=2))
+    fast = chanopt.optimize(model, X, masks=choice.masks)
+    report = chanopt.explain(fast)
+    if cost.name == "parameters":
+        before, after = (sum(p.numel() for p in m.parameters() if p.ndim > 1) for m in (model, fast))
+    else:  # the report does not count convs that it does not follow, as transposed ones in groups
+        fixed = sum(layer.macs() for layer in groups.structure.others.values() if "transpose" in layer.kind)
+        before, after = report.macs_before + fixed, report.macs_after + fixed
+    assert round(choice.before / cost.unit) == before
+    assert round(choice.cost / cost.unit) == after
+    assert after <= round(choice.target / cost.unit) <= before
+
+
+def test_s20_a_slim_model_that_misses_the_target_is_said(residual: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chanopt.pruning.costs.total", lambda structure, masks, cost: 1e9)
+    scores = {group.name: torch.rand(group.channels).tolist() for group in residual.groups}
+    with pytest.warns(UserWarning, match=r"expected a slim model within .* of parameters, found 1000: it keeps more"):
+        choose(residual, scores, ratio=0.5)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, "a", float("nan")])
+def test_a_ratio_out_of_range_is_said(residual: Groups, ratio: Any) -> None:
+    scores = {group.name: [1.0] * group.channels for group in residual.groups}
+    for call in (lambda: choose(residual, scores, ratio=ratio), lambda: Schedule(ratio)):
+        with pytest.raises(AllocationError, match="expected a pruning ratio from 0 up to but not 1, found"):
+            call()
 
 
 def test_budget_in_measured_milliseconds(residual: Groups, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +473,29 @@ def test_training_goes_on_from_a_checkpoint(residual: Groups) -> None:
     assert fraction(other.model, "conv2") == fraction(pruner.model, "conv2")
     with pytest.raises(AllocationError, match="expected the state of a pruner"):
         other.load_state_dict({**pruner.state_dict(), "kept": ((0,),)})
+
+
+@pytest.mark.parametrize("accumulate", ["average", "momentum"])
+def test_scores_since_the_last_pruning_are_resumed(residual: Groups, accumulate: str) -> None:
+    schedule = Schedule(0.5, epochs=6, warmup=1, ramp=2, cooldown=1, every=3)
+    states: list[Any] = []
+    for stops in (False, True):
+        torch.manual_seed(0)
+        pruner = pruner_of(residual, schedule=schedule, accumulate=accumulate)
+        pruner.start_epoch(1)
+        for step in range(6):  # prunes at steps 0 and 3; stops between them
+            if stops and step == 2:
+                state, weights = json.loads(json.dumps(pruner.state_dict())), pruner.model.state_dict()
+                assert state["scores"]["values"]
+                pruner = pruner_of(residual, schedule=schedule, accumulate=accumulate)
+                pruner.model.load_state_dict(weights)
+                pruner.load_state_dict(state)
+            torch.manual_seed(step)
+            pruner.model.zero_grad()
+            pruner.model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+            pruner.step()
+        states.append(pruner.state_dict())
+    assert states[0] == states[1]
 
 
 def test_the_pruner_captures_a_model_in_training_mode() -> None:

@@ -71,6 +71,10 @@ class Conflict:
             lines.append(f"  ... and {len(self.layers) - _MOST} more")
         if self.remedy:
             lines += ["to prune them alike, let them follow one leader:", self.remedy]
+        else:
+            lines.append(
+                "no leader can have them pruned alike: the same numbers are not the same channels in all of them"
+            )
         return "\n".join(lines)
 
     def _where(self) -> str:
@@ -123,6 +127,15 @@ def coupled(segment: Segment, side: Side) -> list[tuple[str, ...]]:
     return sorted(found, key=lambda group: order.index(group[0]))
 
 
+def alike(segment: Segment, side: Side, layers: Iterable[str]) -> bool:
+    """Whether the same numbers are the same channels in all these layers, so that one mask serves them all.
+
+    Readers of a concat and of one of its operands are as little alike as a conv and a linear layer behind a flatten.
+    """
+    table = segment.producers if side == "filters" else segment.consumers
+    return len({table[name] for name in layers}) <= 1
+
+
 def join_of(segment: Segment, layers: Iterable[str]) -> Join | None:
     """The first join at which channels of at least two of these layers meet, or one of them with others."""
     wanted = set(layers)
@@ -173,7 +186,7 @@ def _conflict(
 ) -> Conflict:
     kept = tuple(_kept(structure, side, name, dead.get(name, ())) for name in group)
     names = ", ".join(f"{name}.weight" for name in group)
-    remedy = f"    group_dependency: Leader\n    weights: [{names}]"
+    remedy = f"    group_dependency: Leader\n    weights: [{names}]" if alike(segment, side, group) else ""
     return Conflict(side, segment.name, kept, join_of(segment, group) if side == "filters" else None, remedy)
 
 

@@ -121,6 +121,12 @@ class PruningPolicy(Policy):
                 f"{self.pruner.name}: expected mask_on_forward_only with mask_gradients: weights that are masked after "
                 "every step need no masked gradients; found mask_gradients alone"
             )
+        often: Any = self.mini_batch_pruning_frequency  # from YAML it may be anything
+        if not isinstance(often, int) or isinstance(often, bool) or often < 0:
+            raise ScheduleError(
+                f"{self.pruner.name}: expected mini_batch_pruning_frequency as a number of minibatches, or 0 for none, "
+                f"found {often!r}"
+            )
         if self.levels is not None:
             if not isinstance(self.pruner, SparsityLevelParameterPruner):
                 raise ScheduleError(f"{self.pruner.name}: expected a pruner with levels for the policy's args levels")

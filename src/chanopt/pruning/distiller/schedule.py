@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from chanopt.errors import ScheduleError
 from chanopt.pruning.distiller import elements, learning_rates, ranked, regularizers
 from chanopt.pruning.distiller.components import Component, Moment, Names, Pruner, Sight
-from chanopt.pruning.distiller.dependencies import Conflict, DisagreementError, Kept, Side, coupled, join_of
+from chanopt.pruning.distiller.dependencies import Conflict, DisagreementError, Kept, Side, alike, coupled, join_of
 from chanopt.pruning.distiller.policies import LRPolicy, Policy, PruningPolicy, RegularizationPolicy
 from chanopt.pruning.distiller.ranked import RankedPruner
 from chanopt.pruning.distiller.regularizers import Regularizer
@@ -219,7 +219,8 @@ class Schedule:
         """The schedule in which layers that must be pruned alike follow one leader: the first one it lists.
 
         Raises:
-            ScheduleError: an unknown weight, or no inputs.
+            ScheduleError: an unknown weight, no inputs, or layers that one mask cannot serve (readers of a concat and
+                of one of its operands).
         """
         if not self.thins():
             return self
@@ -373,6 +374,10 @@ def _policy(line: Any) -> Invocation:
         raise ScheduleError(
             f"policies: {body['instance_name']}: expected epochs or {', '.join(_RANGE)}, found {unknown[0]!r}"
         )
+    if not isinstance(body.get("args") or {}, Mapping):
+        raise ScheduleError(
+            f"policies: {body['instance_name']}: expected args as names and values, found {body['args']!r}"
+        )
     epochs = line.get("epochs")
     if epochs is not None and not isinstance(epochs, list):
         raise ScheduleError(f"policies: {body['instance_name']}: expected epochs to be a list, found {epochs!r}")
@@ -427,6 +432,10 @@ class _Group:
     layers: tuple[str, ...]
 
 
+def _alike(group: _Group) -> bool:
+    return alike(group.segment, group.side, group.layers)
+
+
 class _Check:
     """A schedule against the structure of a network."""
 
@@ -443,8 +452,12 @@ class _Check:
             return [self._conflict(group) for group in self._groups()]
 
     def mended(self) -> Schedule:
-        schedule = self.schedule
-        for group in self._groups():
+        schedule, found = self.schedule, self._groups()
+        if not all(map(_alike, found)):
+            raise DisagreementError(
+                conflict for group, conflict in zip(found, self.run(), strict=True) if not _alike(group)
+            )
+        for group in found:
             schedule = self._led(schedule, group)
         return schedule
 
@@ -455,14 +468,16 @@ class _Check:
             for segment in self.structure.segments
             if not segment.pinned
             for layers in coupled(segment, side)
-            if len(layers) > 1 and not self._agree(side, layers)
+            if len(layers) > 1 and not self._agree(_Group(side, segment, layers))
         ]
 
-    def _agree(self, side: Side, layers: tuple[str, ...]) -> bool:
-        """Whether nobody prunes these layers, or one leader prunes them all."""
-        wanted = {f"{layer}.weight" for layer in layers}
-        pruning = [pruner for pruner in self._pruning(side) if wanted & set(pruner.weights)]
-        return not pruning or (len(pruning) == 1 and pruning[0].has_leader and wanted <= set(pruning[0].weights))
+    def _agree(self, group: _Group) -> bool:
+        """Whether nobody prunes these layers, or one leader prunes them all, and can."""
+        wanted = {f"{layer}.weight" for layer in group.layers}
+        pruning = [pruner for pruner in self._pruning(group.side) if wanted & set(pruner.weights)]
+        if len(pruning) != 1:
+            return not pruning
+        return pruning[0].has_leader and wanted <= set(pruning[0].weights) and _alike(group)
 
     def _pruning(self, side: Side) -> list[RankedPruner]:
         return [pruner for pruner in self.pruners.values() if pruner.group in _GROUPS[side]]
@@ -470,7 +485,7 @@ class _Check:
     def _conflict(self, group: _Group) -> Conflict:
         kept = tuple(self._kept(group.side, layer) for layer in group.layers)
         join = join_of(group.segment, group.layers) if group.side == "filters" else None
-        return Conflict(group.side, group.segment.name, kept, join, self._remedy(group))
+        return Conflict(group.side, group.segment.name, kept, join, self._remedy(group) if _alike(group) else "")
 
     def _kept(self, side: Side, layer: str) -> Kept:
         found = self.structure.layers[layer]
@@ -618,6 +633,8 @@ class _Builder:
     def _wrapped(self, made: Any, line: Invocation) -> Policy:
         arguments = dict(line.arguments)
         if "levels" in arguments:
+            if not isinstance(arguments["levels"], Mapping):
+                raise ScheduleError(f"{line.name}: expected levels by weight, found {arguments['levels']!r}")
             arguments["levels"] = {
                 name if name == "*" else self.names.find(name): level for name, level in arguments["levels"].items()
             }

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
 from chanopt.analysis.weights import matrix
 from chanopt.api import lower
+from chanopt.errors import ChanoptError
 from chanopt.pruning.slices import Weighted, by_channel, effective
 
 __all__ = ["Dots", "compute_dot_prods", "dots", "exact_counts", "tutorial_counts"]
@@ -77,19 +78,28 @@ def dots(model: nn.Module, size: tuple[int, ...]) -> tuple[list[Dots], torch.Siz
     Args:
         model: in eval mode; of what :func:`chanopt.optimize` made, the ATen ops are read instead of modules.
         size: sizes of the input, with the batch.
+
+    Raises:
+        ChanoptError: the model's output is not one tensor.
     """
     parameter = next(iter(model.parameters()), torch.zeros(0))
     x = torch.zeros(size, dtype=parameter.dtype, device=parameter.device)
     if isinstance(model, fx.GraphModule):
         with torch.no_grad():
-            return list(_of_program(model, x)), model(x).shape
+            return list(_of_program(model, x)), _one(model(x)).shape
     found: list[Dots] = []
     with ExitStack() as stack, torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear | _ConvNd):
                 stack.callback(module.register_forward_hook(_recorder(name, found)).remove)
-        output = model(x).shape
+        output = _one(model(x)).shape
     return found, output
+
+
+def _one(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise ChanoptError(f"expected a model with one tensor as output, found a {type(output).__name__}")
+    return output
 
 
 def _recorder(name: str, found: list[Dots]) -> Any:

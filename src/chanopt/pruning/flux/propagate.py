@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 
-from chanopt.analysis.constants import constants
-from chanopt.analysis.demand import demand
+from chanopt.analysis.constants import Values, constants
+from chanopt.analysis.demand import Demand, demand
 from chanopt.analysis.weights import kernel_sums
-from chanopt.api import capture, lower
+from chanopt.api import capture, lower, verify
 from chanopt.errors import ChanoptError
 from chanopt.ir import Kind, Op, Param, Program
 from chanopt.pruning import masks
@@ -24,7 +24,9 @@ from chanopt.pruning.slices import by_channel, element_mask
 
 __all__ = ["desaturate", "merge_conv_bn", "prune_propagate", "rebn", "resize"]
 
-Flags = npt.NDArray[np.bool_]
+Flags: TypeAlias = "npt.NDArray[np.bool_]"
+Tensors: TypeAlias = "Mapping[str, nn.Parameter]"
+Use: TypeAlias = "tuple[Op, Param]"
 
 
 def prune_propagate(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
@@ -34,7 +36,7 @@ def prune_propagate(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Mod
     constant goes into the bias of its reader, where it has one and does not see a border. Backwards: a channel that no
     weight multiplies makes its filter, its bias and its batch norm's channel zero. Until nothing changes. The facts are
     the compiler's, so residual and concatenating models are followed too, and batch norms and biases are believed only
-    where they are constant.
+    where they are constant. A parameter that is used several times loses only what none of its uses needs.
 
     Args:
         model: in eval mode; live masks are kept (written in) first.
@@ -42,82 +44,134 @@ def prune_propagate(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Mod
 
     Raises:
         CaptureError, ChanoptError: as :func:`chanopt.lower`.
+        VerifyError: the copy would not compute what the model does.
     """
     spread = masks.bake(copy.deepcopy(model))
     captured = capture(spread, example_inputs)  # holds the parameters themselves: lowered again, it sees the zeros
     program = lower(captured)
-    tensors = dict(spread.named_parameters())
+    tensors = dict(spread.named_parameters(remove_duplicate=False))
     while _forward(program, tensors) | _backward(program, tensors):
         program = lower(captured)
+    verify(model, spread, example_inputs, trials=1)
     return spread
 
 
-def _forward(program: Program, tensors: dict[str, nn.Parameter]) -> bool:
+def _uses(program: Program, tensors: Tensors) -> list[tuple[nn.Parameter, list[Use]]]:
+    """Every parameter of the model with all its uses, whatever names it has."""
+    found: dict[int, tuple[nn.Parameter, list[Use]]] = {}
+    for op in program.ops:
+        for param in op.params:
+            tensor = tensors.get(param.name)
+            if tensor is not None:
+                found.setdefault(id(tensor), (tensor, []))[1].append((op, param))
+    return list(found.values())
+
+
+def _zero(tensor: nn.Parameter, gone: Tensor) -> bool:
+    """Zero entries of a parameter; whether any was not zero."""
+    gone = gone.to(tensor.device)
+    if not bool(tensor.detach()[gone].any()):
+        return False
+    with torch.no_grad():
+        tensor[gone] = 0
+    return True
+
+
+def _along(flags: Flags, axis: int, tensor: Tensor) -> Tensor:
+    """Flags of the slices of one axis as flags of all entries."""
+    shape = [1] * tensor.ndim
+    shape[axis] = len(flags)
+    return torch.from_numpy(flags).reshape(shape).expand(tensor.shape)
+
+
+# -- forwards ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(program: Program, tensors: Tensors) -> bool:
     """Zero the weights of constant channels; whether anything changed."""
     known = constants(program)
+    uses = _uses(program, tensors)
+    users = {id(tensor): {op.result for op, _ in where} for tensor, where in uses}
     changed = False
-    for op in program.ops:
-        if op.linear and _weight(op) in tensors:
-            changed |= _absorb(op, known[op.reads[0].value], program, tensors)
+    for weight, where in uses:
+        ops = [op for op, param in where if op.linear and param is op.args[1]]
+        if len(ops) == len(where):
+            changed |= _absorb(weight, ops, known, program, tensors, users)
     return changed
 
 
-def _absorb(op: Op, known: npt.NDArray[np.float64], program: Program, tensors: dict[str, nn.Parameter]) -> bool:
-    """Zero the columns of constant channels of one layer, after moving what they give into the bias."""
-    bias = op.args[2].name if isinstance(op.args[2], Param) else None
-    foldable = bias in tensors and not op.border and op.kind is Kind.MIX
-    gone = (known == 0) | (~np.isnan(known) if foldable else False)
-    weight = tensors[_weight(op)]
+def _absorb(
+    weight: nn.Parameter,
+    ops: list[Op],
+    known: Mapping[str, Values],
+    program: Program,
+    tensors: Tensors,
+    users: Mapping[int, set[str]],
+) -> bool:
+    """Zero what multiplies constants at every use of a weight, after moving what they give into the biases."""
+    given = [known[op.reads[0].value] for op in ops]
+    biases = {id(bias): (bias, op) for op in ops if (bias := _bias(op, tensors)) is not None}
+    folded = np.zeros(1, np.bool_)  # of whatever number of channels
+    if _foldable(ops, tensors, users):
+        agreed = np.all([values == given[0] for values in given], axis=0)  # one bias cannot hold two constants
+        folded = agreed & (given[0] != 0)
+    for bias, op in biases.values() if folded.any() else ():
+        moved = kernel_sums(op, program)[:, folded] @ given[0][folded]
+        with torch.no_grad():
+            bias.add_(torch.from_numpy(moved).to(bias))
+    parts = [_multiplying(op, (values == 0) | folded, weight) for op, values in zip(ops, given, strict=True)]
+    return _zero(weight, torch.stack(parts).all(0))
+
+
+def _bias(op: Op, tensors: Tensors) -> nn.Parameter | None:
+    return tensors.get(op.args[2].name) if isinstance(op.args[2], Param) else None
+
+
+def _foldable(ops: list[Op], tensors: Tensors, users: Mapping[int, set[str]]) -> bool:
+    """Whether what a constant gives can go into the biases of all these uses of a weight, and reaches nobody else."""
+    results = {op.result for op in ops}
+    if len({(op.args[1].out, op.args[1].inn) for op in ops}) > 1:
+        return False
+    for op in ops:
+        bias = _bias(op, tensors)
+        if bias is None or op.border or op.kind is not Kind.MIX or not users[id(bias)] <= results:
+            return False
+    return True
+
+
+def _multiplying(op: Op, gone: Flags, weight: Tensor) -> Tensor:
+    """The entries of a weight that multiply these channels at one use."""
     param = cast(Param, op.args[1])
     if param.inn is None:  # depthwise: row o multiplies channel index[o]
-        return _zero(weight, param.out or 0, gone[op.reads[0].index.array])
-    if op.kind is not Kind.MIX:
-        return _zero_groups(op, weight, gone)
-    given = np.nan_to_num(known)
-    if foldable and bias is not None and (given[gone] != 0).any():
-        moved = kernel_sums(op, program)[:, gone] @ given[gone]
-        with torch.no_grad():
-            tensors[bias].add_(torch.from_numpy(moved).to(tensors[bias]))
-    return _zero(weight, param.inn, gone)
-
-
-def _zero_groups(op: Op, weight: nn.Parameter, gone: Flags) -> bool:
-    """Zero the columns of a grouped conv, group by group."""
-    changed = False
+        return _along(gone[op.reads[0].index.array], param.out or 0, weight)
+    if op.kind is Kind.MIX:
+        return _along(gone, param.inn, weight)
     rows = weight.shape[0] // op.groups
-    for group, part in enumerate(gone.reshape(op.groups, -1)):
-        block = weight.detach()[group * rows : (group + 1) * rows]
-        changed |= _zero(block, 1, part)
-    return changed
+    table = torch.from_numpy(gone.reshape(op.groups, -1)).repeat_interleave(rows, 0)
+    return table.reshape(*table.shape, *[1] * (weight.ndim - 2)).expand(weight.shape)
 
 
-def _backward(program: Program, tensors: dict[str, nn.Parameter]) -> bool:
+# -- backwards --------------------------------------------------------------------------------------------------------
+
+
+def _backward(program: Program, tensors: Tensors) -> bool:
     """Zero what makes channels that nobody needs; whether anything changed."""
     wanted = demand(program)
     changed = False
-    for op in program.ops:
-        if op.result not in wanted.live:
-            continue
-        idle = ~wanted.live[op.result]
-        norm = "batch_norm" in op.target
-        for param in op.params[:2] if op.linear or norm else ():
-            if param.out is not None and param.name in tensors:
-                changed |= _zero(tensors[param.name], param.out, idle)
+    for tensor, where in _uses(program, tensors):
+        parts = [_making(op, param, wanted, tensor) for op, param in where]
+        idle = [part for part in parts if part is not None]
+        if len(idle) == len(parts):
+            changed |= _zero(tensor, torch.stack(idle).all(0))
     return changed
 
 
-def _weight(op: Op) -> str:
-    return cast(Param, op.args[1]).name
-
-
-def _zero(tensor: Tensor, axis: int, gone: Flags) -> bool:
-    """Zero slices of a tensor; whether any was not zero."""
-    index = torch.from_numpy(np.flatnonzero(gone)).to(tensor.device)
-    if not len(index) or not bool(tensor.detach().index_select(axis, index).any()):
-        return False
-    with torch.no_grad():
-        tensor.index_fill_(axis, index, 0)
-    return True
+def _making(op: Op, param: Param, wanted: Demand, tensor: Tensor) -> Tensor | None:
+    """The entries of a parameter that make channels nobody needs at one use; None where that is not known."""
+    norm = "batch_norm" in op.target
+    if param.out is None or op.result not in wanted.live or not (norm or op.linear):
+        return None
+    return _along(~wanted.live[op.result], param.out, tensor)
 
 
 # -- resizing ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from types import FunctionType
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +160,7 @@ def _mask(module: nn.Module, name: str, keep: Tensor) -> None:
 
 def _planned(plan: Plan, module: nn.Module, where: str) -> Iterator[tuple[Weighted, Strategy]]:
     """Every prunable layer with its strategy."""
-    if plan is None:
+    if plan is None or isinstance(plan, nn.Identity) or _is_identity(plan, module):
         return
     if isinstance(plan, Strategy):
         layers = (part for part in module.modules() if isinstance(part, nn.Linear | _ConvNd))
@@ -167,6 +168,11 @@ def _planned(plan: Plan, module: nn.Module, where: str) -> Iterator[tuple[Weight
         return
     children = dict(module.named_children())
     children.pop("parametrizations", None)
+    if isinstance(cast(Any, plan), str) or not isinstance(cast(Any, plan), Mapping | Sequence):
+        raise ChanoptError(
+            f"expected a strategy for {where}, strategies for its children, or the identity or None to skip it; "
+            f"found {plan!r}"
+        )
     if not isinstance(plan, Mapping):
         if len(plan) != len(children):
             raise ChanoptError(
@@ -177,6 +183,11 @@ def _planned(plan: Plan, module: nn.Module, where: str) -> Iterator[tuple[Weight
         if name not in children:
             raise ChanoptError(f"expected a child of {where} ({', '.join(children)}), found {name!r}")
         yield from _planned(part, children[name], f"{where}.{name}")
+
+
+def _is_identity(plan: Any, module: nn.Module) -> bool:
+    """Whether a plan is the tutorial's ``identity``: a function that gives back what it is given."""
+    return isinstance(plan, FunctionType) and plan(module) is module
 
 
 def _norms_of_sequentials(model: nn.Module) -> Iterator[tuple[nn.Module, _BatchNorm]]:

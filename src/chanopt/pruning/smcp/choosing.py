@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import Any
 
 import numpy as np
 
 from chanopt.api import Mask
 from chanopt.errors import AllocationError
-from chanopt.pruning.smcp.allocation import Allocation, Group, Instance, Layer, allocate
+from chanopt.pruning import costs
+from chanopt.pruning.smcp.allocation import Allocation, Group, Instance, Layer, Table, allocate
 from chanopt.pruning.smcp.allocation.instance import Term
-from chanopt.pruning.smcp.costs import CostModel, ParameterCost
+from chanopt.pruning.smcp.costs import CostModel, ParameterCost, raw_cost
 from chanopt.pruning.smcp.groups import Groups, Ports, PruningGroup
+from chanopt.pruning.structure import Structure
 
 __all__ = ["Choice", "Options", "choose", "instance_of", "masks_of", "ranking"]
 
+_LOG = logging.getLogger(__name__)
+
 _ROUNDS = 50
 """Solves at most, each with one more cut of the network forbidden."""
+_AIMS = 5
+"""Capacities at most, each smaller, where the slim model costs more than the program knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,9 @@ class Choice:
     Attributes:
         kept: per group, its kept channels, ascending.
         allocation: the solution, in raw costs.
-        cost, target: in the cost model's units.
+        cost: of the slim model, as chanopt's own passes cut it, in the cost model's units; of groups without their
+            program, what the allocation thinks.
+        target: in the same units.
         before: the cost of the whole model.
         masks: what stays of every layer that loses inputs, as :func:`chanopt.optimize` takes it.
         instance: the program that was solved.
@@ -95,8 +107,10 @@ def instance_of(
         options: numbers of channels that may stay.
 
     Raises:
-        AllocationError: scores are missing, or of another number, or not finite.
+        AllocationError: scores are missing, or of another number, or not finite; a ratio out of range.
     """
+    if not isinstance(ratio, Real) or not 0 <= ratio < 1:
+        raise AllocationError(f"expected a pruning ratio from 0 up to but not 1, found {ratio!r}")
     options = options or Options()
     parts = tuple(_group(group, scores, options) for group in groups.groups)
     layers = tuple(_layers(groups, cost))
@@ -131,12 +145,36 @@ def choose(
     """
     cost, options = cost or ParameterCost(), options or Options()
     instance = instance_of(groups, scores, cost, ratio, options)
+    target, best = instance.capacity, None
+    for _ in range(_AIMS):
+        try:
+            instance, allocation = _allocated(groups, instance, time_limit, workers)
+        except AllocationError:
+            if best is None:
+                raise
+            break
+        found = _choice(groups, scores, cost, options, instance, allocation, target)
+        best = found if best is None or found.cost < best.cost else best
+        if best.cost <= best.target * (1 + 1e-12):
+            return best
+        instance = replace(instance, capacity=allocation.cost * best.target / found.cost)
+    assert best is not None
+    warnings.warn(
+        f"expected a slim model within {best.target:.6g} of {cost.name}, found {best.cost:.6g}: it keeps more than the "
+        "masks say, as of a layer that is called several times and cut differently; ask for less",
+        stacklevel=2,
+    )
+    return best
+
+
+def _allocated(groups: Groups, instance: Instance, time_limit: float, workers: int) -> tuple[Instance, Allocation]:
+    """The solution that does not cut the network, and the program with the cuts that had to be forbidden."""
     for _ in range(_ROUNDS):
         allocation = allocate(instance, time_limit=time_limit, workers=workers)
         gone = [number for number, count in enumerate(allocation.kept) if not count]
         cut = groups.cut_in(gone) if gone else None
         if cut is None:
-            return _choice(groups, scores, cost, options, instance, allocation)
+            return instance, allocation
         # Each of these groups may go, but not all of them together.
         instance = replace(instance, cuts=(*instance.cuts, cut))
     raise AllocationError(
@@ -167,6 +205,7 @@ def _choice(
     options: Options,
     instance: Instance,
     allocation: Allocation,
+    target: float,
 ) -> Choice:
     kept = tuple(
         tuple(range(group.channels)) if not group.prunable else _best(scores[group.name], count, group, options)
@@ -174,15 +213,18 @@ def _choice(
     )
     scale = round(1 / cost.unit)
     full = [group.channels for group in groups.groups]
-    return Choice(
-        kept,
-        allocation,
-        allocation.cost / scale,
-        instance.capacity / scale,
-        instance.cost(full) / scale,
-        masks_of(groups, kept),
-        instance,
-    )
+    masks = masks_of(groups, kept)
+    real = allocation.cost if groups.structure.origin.program is None else _real(groups.structure, masks, cost)
+    return Choice(kept, allocation, real / scale, target / scale, instance.cost(full) / scale, masks, instance)
+
+
+def _real(structure: Structure, masks: Mapping[str, Mask], cost: CostModel) -> float:
+    """The raw cost of the slim model; whole numbers of weights and multiplications stay whole."""
+
+    def raw(layer: Any, inputs: int, outputs: int) -> float:
+        return (_of_other if layer.name in structure.others else raw_cost)(cost, layer, inputs, outputs)
+
+    return costs.total(structure, masks or dict.fromkeys(list(structure.layers)[:1], Mask()), raw)
 
 
 def _best(scores: Sequence[float], count: int, group: PruningGroup, options: Options) -> tuple[int, ...]:
@@ -218,7 +260,28 @@ def _layers(groups: Groups, cost: CostModel) -> list[Layer]:
         outputs = _terms(groups, name, [group.producers for group in groups.groups])
         if inputs and outputs:
             made.append(Layer(name, inputs, outputs, cost.of(layer)))
+    return made + _fixed(groups, cost)
+
+
+def _fixed(groups: Groups, cost: CostModel) -> list[Layer]:
+    """What no mask reaches: layers of a constant cost, over a group that keeps all its channels."""
+    place = next((number for number, group in enumerate(groups.groups) if not group.prunable), None)
+    if place is None:
+        return []
+    whole, made = groups.groups[place].channels, list[Layer]()
+    for name, layer in groups.structure.others.items():
+        spent = _of_other(cost, layer, layer.in_channels, layer.out_channels)
+        made.append(Layer(name, ((place, 1),), (), Table((whole,), (1,), ((spent,),))))
     return made
+
+
+def _of_other(cost: CostModel, layer: Any, inputs: int, outputs: int) -> float:
+    """The raw cost of what no mask reaches; nothing, with a warning, where a table lacks it."""
+    try:
+        return raw_cost(cost, layer, inputs, outputs)
+    except AllocationError as error:
+        _LOG.warning("%s is left out of the budget, for it cannot be pruned: %s", layer.name, error)
+        return 0.0
 
 
 def _terms(groups: Groups, name: str, sides: Sequence[Ports]) -> tuple[Term, ...]:

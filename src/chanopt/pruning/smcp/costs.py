@@ -22,7 +22,7 @@ from chanopt.pruning.smcp.allocation import Product, Table
 if TYPE_CHECKING:
     from chanopt.pruning.structure import Layer
 
-__all__ = ["CostModel", "Key", "LatencyTable", "MacCost", "ParameterCost", "key_of", "layer_cost"]
+__all__ = ["CostModel", "Key", "LatencyTable", "MacCost", "ParameterCost", "key_of", "layer_cost", "raw_cost"]
 
 _LOG = logging.getLogger(__name__)
 _STEP = 8
@@ -55,10 +55,21 @@ def layer_cost(model: CostModel, layer: Layer, inputs: int, outputs: int) -> flo
     >>> layer_cost(ParameterCost(), Layer("conv", "conv2d", 64, 128, kernel=(3, 3)), 64, 128)
     0.073728
     """
+    return raw_cost(model, layer, inputs, outputs) / round(1 / model.unit)
+
+
+def raw_cost(model: CostModel, layer: Layer, inputs: int, outputs: int) -> float:
+    """As :func:`layer_cost`, but as the allocation program counts."""
     if not inputs or not outputs:
         return 0.0
-    raw = model.of(layer).at(*((outputs, 1) if layer.depthwise else (inputs, outputs)))
-    return raw / round(1 / model.unit)
+    return model.of(layer).at(*((outputs, 1) if layer.depthwise else (inputs, outputs)))
+
+
+def _pairs(layer: Layer, rate: int) -> Product | Table:
+    """So much for every kept input that a kept output is made of; a layer in groups keeps all its channels."""
+    if layer.groups == 1 or layer.depthwise:
+        return Product(rate)
+    return Table((layer.in_channels,), (layer.out_channels,), ((rate * layer.pairs(),),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +79,9 @@ class ParameterCost:
     name: str = "parameters"
     unit: float = 1e-6
 
-    def of(self, layer: Layer) -> Product:
-        """Weights of one kept input times one kept output."""
-        return Product(layer.weights_per_pair)
+    def of(self, layer: Layer) -> Product | Table:
+        """Weights of one kept input times one kept output; in groups, of the whole layer."""
+        return _pairs(layer, layer.weights_per_pair)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +91,9 @@ class MacCost:
     name: str = "macs"
     unit: float = 1e-9
 
-    def of(self, layer: Layer) -> Product:
-        """Multiply-accumulates of one kept input times one kept output."""
-        return Product(layer.macs_per_pair)
+    def of(self, layer: Layer) -> Product | Table:
+        """Multiply-accumulates of one kept input times one kept output; in groups, of the whole layer."""
+        return _pairs(layer, layer.macs_per_pair)
 
 
 class Key(NamedTuple):

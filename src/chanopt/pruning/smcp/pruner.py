@@ -175,8 +175,15 @@ class SoftMaskPruner:
         return bake(self.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, step, kept channels and the tracker's counts; the masks themselves are in the model's state."""
-        return {"epoch": self._epoch, "step": self._step, "kept": self.kept, "tracker": self.tracker.state()}
+        """Epoch, step, kept channels, counts, and the scores since the last pruning; masks are in the model's state."""
+        return {
+            "epoch": self._epoch,
+            "step": self._step,
+            "kept": self.kept,
+            "tracker": self.tracker.state(),
+            "scored": self._scored,
+            "scores": self._accumulator.state(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; puts its masks on the model.
@@ -197,6 +204,9 @@ class SoftMaskPruner:
         self._epoch, self._step, self.kept = int(state["epoch"]), int(state["step"]), kept
         self._set_masks()
         self.tracker.restore(state["tracker"])
+        if "scores" in state:  # of version 0.1.0 there are none
+            self._scored = bool(state["scored"])
+            self._accumulator.restore(state["scores"])
 
     # -- scores ---------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from chanopt.errors import AllocationError
@@ -41,8 +42,8 @@ class Schedule:
     curve: Curve = "exp"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio < 1:
-            raise AllocationError(f"expected a pruning ratio from 0 up to but not 1, found {self.ratio}")
+        if not isinstance(self.ratio, Real) or not 0 <= self.ratio < 1:
+            raise AllocationError(f"expected a pruning ratio from 0 up to but not 1, found {self.ratio!r}")
         if self.curve not in ("exp", "exp2", "linear"):
             raise AllocationError(f"expected curve 'exp', 'exp2' or 'linear', found {self.curve!r}")
         if self.every < 1 or min(self.epochs, self.warmup, self.ramp, self.cooldown) < 0:
