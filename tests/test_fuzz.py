@@ -126,7 +126,7 @@ def test_random_net(seed: int) -> None:
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-@pytest.mark.parametrize("seed", range(500, 500 + max(1, NETS // 4)))
+@pytest.mark.parametrize("seed", range(500, 500 + max(1, NETS // 8)))
 def test_random_net_in_channels_last(seed: int, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products, sums of them, and fused gathers wherever a conv can be computed so, in float64."""
     monkeypatch.setattr(ConvRead, "has_kernel", property(lambda read: read.stored % GROUP == 0))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from torch.utils.flop_counter import FlopCounterMode
 
 import chanopt
@@ -494,6 +495,83 @@ def test_a_pipeline_of_ones_own() -> None:
     assert macs(fast)[0] == macs(fast)[1]
 
 
+class Anchors(nn.Module):
+    """Predictions beside what does not depend on the input, in several ways, and copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.offset = nn.Parameter(torch.rand(1, 4, 1, 1))
+        self.grid: Tensor
+        self.register_buffer("grid", torch.arange(4.0))
+
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
+        y = self.head(torch.relu(self.stem(x)))
+        shift = (self.offset * 2).relu()
+        batch = x.shape[0]
+        folded = (self.grid * 8, shift.view(-1), self.head(torch.zeros(1, 8, 2, 2)))
+        spread = (shift.expand(batch, 4, 1, 1).contiguous(), self.offset.expand(batch, 4, 1, 1).contiguous())
+        return torch.relu(shift + y) + shift, *folded, *spread, x.clone(), y, y.clone(), batch, 3
+
+
+def _written_over(fast: Any, model: nn.Module) -> None:
+    """Callers write over all that they get, again and again."""
+    with torch.no_grad():
+        for seed in range(3):
+            x = images(seed=seed)
+            found, expected = fast(x), model(x)
+            assert error(expected, found) < TOLERANCE
+            assert torch.equal(x, images(seed=seed))
+            for number, tensor in enumerate(found[:-2]):
+                tensor.add_(1)
+                later = [(a, b) for a, b in zip(expected[number + 1 : -2], found[number + 1 : -2], strict=True)]
+                assert error(*map(list, zip(*later, strict=True))) < TOLERANCE if later else True
+            assert torch.equal(x, images(seed=seed))
+
+
+def test_outputs_may_be_written_over() -> None:
+    model = masked(Anchors)
+    _written_over(chanopt.optimize(model, (images(),)), model)
+    _written_over(compiled(model), model)
+
+
+@pytest.mark.slow
+def test_outputs_of_a_frozen_graph_may_be_written_over() -> None:
+    model = masked(Anchors)
+    _written_over(torch.compile(model, backend="chanopt"), model)
+
+
+class Named(nn.Module):
+    """Layers that are named like attributes of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._autocast, self._graph, self.held = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.held(torch.relu(self._graph(torch.relu(self._autocast(x)))))
+
+
+def test_layers_of_any_name() -> None:
+    model: Any = masked(Named)
+    fast = compiled(model)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export refuses a layer of the name _graph
+        assert error(model(images()), fast(images())) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_inductor_takes_float64() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2), nn.Conv2d(4, 4, 1)).eval()
+    with torch.no_grad():
+        model[2].weight[::2] = 0  # pyright: ignore[reportIndexIssue]
+        fast = torch.compile(model, backend="chanopt")
+        assert error(model(images()), fast(images())) < 1e-4
+        model.double()
+        assert error(model(images().double()), fast(images().double())) < 1e-10
+    assert macs(fast)[1] < macs(fast)[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"mode": "reduce-overhead"}, {"options": {"mode": "reduce-overhead"}}])
 def test_inductor(arguments: dict[str, Any]) -> None:
@@ -518,3 +596,11 @@ def test_inductor_compiles_what_passes_through() -> None:
         fast(images()).sum().backward()
     assert counters["aot_autograd"]["ok"] == 1
     assert model.stem.weight.grad is not None  # type: ignore[union-attr]
+
+
+def test_freezing_for_the_whole_process_hides_the_weights_and_a_warning_says_so() -> None:
+    model, x = masked(), images()
+    fast = torch.compile(model, backend="chanopt", options={"compiler": "eager"})
+    with torch.no_grad(), inductor_config.patch(freezing=True), pytest.warns(UserWarning, match="leave it off"):
+        found = fast(x)
+    torch.testing.assert_close(found, model(x))

@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from chanopt.backend import guard
 from chanopt.backend.guard import Watch
 from chanopt.backend.options import Check
+from chanopt.torchvision_shim import ensure_torchvision
+
+ensure_torchvision()
+import torchvision  # noqa: E402
 
 LARGE = (512, 1024)  # more entries than are compared one by one, with check="sample"
 
@@ -87,6 +92,72 @@ def test_what_it_does_not_count_is_noticed_by_values(change: Change) -> None:
     assert not noticed(change, "version", LARGE)
 
 
+@pytest.mark.parametrize("check", ["sample", "all"])
+@pytest.mark.parametrize("shape", [(512, 512, 3, 3), (256, 1024, 1, 1), (1000, 512), (1024, 1, 3, 3), (128, 96, 5, 5)])
+def test_every_channel_that_is_written_through_data_is_noticed(shape: tuple[int, ...], check: Check) -> None:
+    p = parameter(*shape)
+    weights: list[Tensor] = [parameter(1 << 18), p]  # too many entries for all to be compared with "sample"
+    watch = Watch(weights, check)
+    missed = [
+        (axis, index)
+        for axis in (0, 1)
+        for index in range(shape[axis])
+        if _survives(watch, weights, p.data.select(axis, index))
+    ]
+    assert missed == []
+    assert watch.holds(weights)
+
+
+def _survives(watch: Watch, weights: list[Tensor], channel: Tensor) -> bool:
+    """Whether zeroing a channel goes unnoticed; it is put back."""
+    kept = channel.clone()
+    channel.zero_()
+    survived = watch.holds(weights)
+    channel.copy_(kept)
+    return survived
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vgg16", "densenet121", "mobilenet_v2", "googlenet"])
+def test_samples_reach_every_filter_and_every_input_of_every_layer(name: str) -> None:
+    with torch.device("meta"):
+        model = torchvision.models.get_model(
+            name, weights=None, **({"init_weights": False} if name == "googlenet" else {})
+        )
+    shapes = {tuple(p.shape) for p in model.parameters() if p.ndim > 1}
+    assert len(shapes) > 10
+    for shape in shapes:
+        positions = guard._sample(torch.empty(shape, device="meta"), torch.Generator().manual_seed(1))
+        assert len(positions) == max(shape)
+        for size, indices in zip(shape, torch.unravel_index(positions, shape), strict=True):
+            assert len(indices.unique()) == size, shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 128, 3, 3), (71, 73), (4097,)])
+def test_every_entry_counts_where_all_are_compared(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    p = nn.Parameter(parameter(*shape).detach().to(dtype))
+    watch = Watch([p], "all")
+    flat = p.data.view(-1)
+    for index in (0, 1, 17, flat.numel() // 2, flat.numel() - 1):
+        flat[index].neg_()
+        assert not watch.holds([p])
+        flat[index].neg_()
+        assert watch.holds([p])
+    for swapped in (slice(0, 2), slice(100, 102)):
+        kept = flat[swapped].clone()
+        flat[swapped] = kept.flip(0)
+        assert not watch.holds([p])
+        flat[swapped] = kept
+
+
+def test_a_large_channels_last_weight_is_compared_where_it_lies() -> None:
+    p = nn.Parameter(parameter(64, 64, 3, 3).detach().contiguous(memory_format=torch.channels_last))
+    watch = Watch([p], "all")
+    assert watch.holds([p])
+    p.data[5, 3, 1, 1] += 1
+    assert not watch.holds([p])
+
+
 def test_a_single_entry_is_noticed_in_small_weights_and_where_all_are_compared() -> None:
     assert noticed(data_entry, "sample", (4, 1000))
     assert noticed(data_entry, "sample", (255, 1024))  # small as a whole
@@ -119,7 +190,27 @@ def test_inference_tensors_have_no_version_and_are_compared_whole(check: Check) 
     assert not watch.holds([tensor])
 
 
-def test_memory_is_held_so_that_an_address_is_not_given_to_another() -> None:
+def test_no_memory_is_held_and_whoever_asks_is_told_that_it_is_gone() -> None:
+    gone: list[int] = []
+    small, large = parameter(4), parameter(*LARGE)
+    watch = Watch([small, large], "all", lambda: gone.append(1))
+    assert watch.holds([small, large])
+    large.data = large.data.clone()
+    assert gone == [1]
+    assert not watch.holds([small, large])
+    del small
+    assert gone == [1, 1]
+
+
+@pytest.mark.parametrize("check", ["version", "sample", "all"])
+def test_a_watched_weight_can_be_swapped_and_that_is_noticed(check: Check) -> None:
+    p, other = parameter(64, 64), nn.Parameter(torch.zeros(64, 64))
+    watch = Watch([p], check)
+    torch.utils.swap_tensors(p, other)
+    assert not watch.holds([p])
+
+
+def test_an_address_that_is_given_to_another_is_a_change() -> None:
     p = parameter(64, 64)
     watch = Watch([p], "version")
     for _ in range(50):

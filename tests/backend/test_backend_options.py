@@ -58,12 +58,13 @@ def test_an_unknown_key_is_a_value_error_that_lists_the_valid_ones() -> None:
     [
         ({"compiler": "tvm"}, "'inductor' or 'eager', found 'tvm'"),
         ({"compiler": None}, "found None"),
-        ({"target": "tpu"}, "'auto' or 'cpu' or 'cuda', found 'tpu'"),
+        ({"target": "tpu"}, "'auto', 'cpu', 'cuda' or a chanopt.Target, found 'tpu'"),
         ({"check": True}, "found True"),
         ({"freezing": "yes"}, "True, False or None, found 'yes'"),
         ({"strict": 1}, "True or False, found 1"),
         ({"inductor": [1]}, "a dict of Inductor's options, found [1]"),
         ({"inductor": {"max_autotun": True}}, "did you mean 'max_autotune'"),
+        ({"inductor": {3: 1}}, "options of Inductor's, found '3'; The nearest are"),
         ({"mode": "fast"}, "a mode of Inductor's, found 'fast'"),
         ({"mode": 3}, "the name of a mode or None, found 3"),
         ({"pipeline": "default"}, "a pass or a sequence of passes, found 'default'"),
@@ -89,8 +90,13 @@ def test_weights_are_frozen_on_a_cpu_unless_told_otherwise(freezing: bool | None
     assert [device for device in ("cpu", "cuda") if options.patches(device)["freezing"]] == list(on)
 
 
+def test_what_is_float64_is_not_frozen_unless_told() -> None:
+    assert not Options().patches("cpu", double=True)["freezing"]
+    assert Options(freezing=True).patches("cpu", double=True)["freezing"]
+
+
 def test_values_are_watched_where_that_does_not_wait_for_the_device() -> None:
-    assert (Options().checked("cpu"), Options().checked("cuda")) == ("sample", "version")
+    assert (Options().checked("cpu"), Options().checked("cuda")) == ("all", "version")
     assert Options(check="all").checked("cuda") == "all"
 
 
@@ -100,6 +106,13 @@ def test_torch_compile_raises_the_error_itself() -> None:
         model(images())
     assert isinstance(caught.value, OptionError)
     assert type(caught.value).__name__ == "OptionError"
+
+
+@pytest.mark.parametrize("folder", ["/proc/nothing/here", __file__])
+def test_a_folder_that_cannot_be_written_is_refused_at_the_first_call(folder: str) -> None:
+    model = torch.compile(masked(), backend="chanopt", options={"compiler": "eager", "dump_ir": folder})
+    with pytest.raises(OptionError, match="to be a folder to write into, found"), torch.no_grad():
+        model(images())
 
 
 def test_mode_is_checked_at_the_first_call() -> None:

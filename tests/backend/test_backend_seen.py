@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import chanopt
 from chanopt.errors import ChanoptError
 from chanopt.pass_infra import DUMP_VARIABLE, dumping
 from chanopt.passes import DEFAULT, DropDead, Pipeline
-from tests.backend.small import compiled, images, masked
+from tests.backend.small import EAGER, Branches, compiled, images, macs, masked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,20 +102,116 @@ def test_explain_of_what_was_compiled_by_others_says_so() -> None:
         chanopt.explain(lambda x: x)
 
 
+class Broken(Branches):
+    """Branches with a graph break between the stem and the rest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm(self.stem(x)))
+        torch._dynamo.graph_break()
+        z = self.left(y) + self.right(y)
+        return self.head(z.mean((2, 3)))
+
+
 def test_reports_of_several_graphs_add_up_and_are_written() -> None:
-    fast = compiled(masked())
+    fast = compiled(masked(Broken))
     with torch.no_grad():
         fast(images(2))
-        alone = chanopt.explain(fast)
-        fast(images(3))
     both = chanopt.explain(fast)
     first, second = both  # type: ignore[misc]
-    assert first == alone
     assert both.macs_before == first.macs_before + second.macs_before
     assert len(both.segments) == len(first.segments) + len(second.segments)
     again = chanopt.Report.from_json(both.to_json())
     assert (again.model, again.macs_after, again.layers) == ("2 graphs", both.macs_after, both.layers)
     assert len(both) == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("make", "parts"), [(Branches, 1), (Broken, 2)])
+def test_what_was_compiled_anew_counts_once(make: type[nn.Module], parts: int) -> None:
+    fast = compiled(masked(make))
+    with torch.no_grad():
+        fast(images(2))
+        alone = chanopt.explain(fast)
+        fast(images(5))
+    report = chanopt.explain(fast)
+    assert len(list(report)) == len(list(alone)) == parts  # type: ignore[call-overload]
+    assert (report.parameters_before, report.parameters_after) == (alone.parameters_before, alone.parameters_after)
+
+
+def test_a_single_graph_is_iterated_too() -> None:
+    fast = compiled(masked())
+    with torch.no_grad():
+        fast(images())
+    report = chanopt.explain(fast)
+    (part,) = report  # type: ignore[misc]
+    assert (part.model, part.macs_after, str(part)) == (report.model, report.macs_after, str(report))
+
+
+def test_each_call_of_torch_compile_has_reports_of_its_own() -> None:
+    model = masked()
+    fast, plain, elsewhere = compiled(model), compiled(model, pipeline=()), torch.compile(model, backend="eager")
+    same = compiled(model)
+
+    @torch.compile(backend="chanopt", options=EAGER)
+    def function(x: Tensor) -> Tensor:
+        return model(x) * 2
+
+    with torch.no_grad():
+        for each in (fast, plain, elsewhere, function, same):
+            each(images())
+    before = chanopt.explain(fast).macs_before
+    assert macs(plain) == (before, before)
+    for each in (fast, function, same):  # the last shares with the first what Dynamo compiled
+        assert macs(each)[0] == before
+        assert macs(each)[1] < before
+    with pytest.raises(ChanoptError, match="compiled with backend='chanopt'"):
+        chanopt.explain(elsewhere)
+
+
+def test_bound_methods_of_two_objects_keep_apart() -> None:
+    class Runner:
+        def __init__(self) -> None:
+            self.net = masked()
+
+        def run(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    first, second = Runner(), Runner()
+    with torch.no_grad():
+        second.net.left.weight.fill_(1.0)  # type: ignore[operator,union-attr]
+        fast, slow = compiled(first.run), compiled(second.run)
+        for each in (fast, slow):
+            each(images())
+    assert macs(fast)[0] == macs(slow)[0]
+    assert macs(fast)[1] < macs(slow)[1]
+
+
+def test_where_pytorch_makes_no_graph_the_message_says_what_to_do() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1)).eval()
+    model.compile(backend="chanopt", options=EAGER)
+    with torch.no_grad():
+        model(images())
+    with pytest.raises(ChanoptError, match=r"no graph of Sequential.compile\(\): use torch.compile\(module\)"):
+        chanopt.explain(model)
+
+
+def test_no_line_of_chanopts_own_is_taken_for_the_users(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    with torch.no_grad():
+        compiled(model, dump_ir=tmp_path)(images())
+    texts = [path.read_text() for path in tmp_path.iterdir()]
+    assert texts
+    assert not [text for text in texts if "reattach" in text]
+
+
+def test_what_was_done_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="chanopt"), torch.no_grad():
+        compiled(masked())(images())
+        lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+        assert [line.startswith("graph 0/0: ") and "multiply-accumulates" in line for line in lines] == [True]
+        caplog.clear()
+        chanopt.optimize(masked(), (images(),))
+        (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    assert re.match(r"Branches: \d+ -> \d+ multiply-accumulates; capture \d+\.\d\d s, ", line)
 
 
 def test_every_pass_is_written_before_and_after(tmp_path: Path) -> None:
@@ -130,7 +227,7 @@ def test_every_pass_is_written_before_and_after(tmp_path: Path) -> None:
     assert texts[0] == texts[3]  # after the first is before the second
     with dumping(tmp_path / "new" / "folder"):
         DropDead()(program)
-    assert (tmp_path / "new" / "folder" / "0006_drop_dead_before.txt").exists()
+    assert (tmp_path / "new" / "folder" / f"{len(DEFAULT):04d}_drop_dead_before.txt").exists()
 
 
 def test_nothing_is_written_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

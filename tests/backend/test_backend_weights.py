@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import chanopt
 from tests.backend.small import Branches, compiled, error, images, macs, masked, slim
 
 TRIALS = 20
@@ -223,7 +225,7 @@ def test_weights_that_become_not_finite_run_as_they_are(caplog: pytest.LogCaptur
         for _ in range(4):
             assert error(model(x), fast(x)) == 0
         assert "expected finite weights" in caplog.text
-        assert caplog.text.count("runs as it is from now on") == 1
+        assert caplog.text.count("runs as it is until its weights change") == 1
         model.left.weight[0, 5] = kept
         for _ in range(3):
             assert error(model(x), fast(x)) < 1e-4
@@ -270,6 +272,152 @@ def test_weights_that_are_new_at_every_call_stop_being_built_for(monkeypatch: py
         for _ in range(3):
             assert error(model(x), fast(x)) < 1e-4
     assert macs(fast)[1] < macs(fast)[0]
+
+
+class Wide(nn.Module):
+    """A conv whose weight is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 256, 1), nn.Conv2d(256, 256, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(torch.relu(self.stem(x)))
+
+
+@pytest.mark.parametrize("channels", [slice(64, 128), slice(57, 125), slice(0, 256), slice(255, 256)])
+def test_structured_writes_through_data_to_a_large_weight(channels: slice) -> None:
+    model: Any = masked(Wide)
+    fast = torch.compile(model, backend="chanopt", options={"compiler": "eager"})  # check is "auto"
+    x = images()
+    with torch.no_grad():
+        assert error(model(x), fast(x)) < 1e-4
+        for write in (lambda weight: weight.neg_(), lambda weight: weight.zero_()):
+            write(model.body.weight.data[:, channels])
+            for _ in range(3):
+                assert error(model(x), fast(x)) < 1e-4
+
+
+def test_a_weight_of_a_compiled_model_can_be_swapped() -> None:
+    model: Any = masked()
+    fast = compiled(model)
+    x = images()
+    with torch.no_grad():
+        fast(x)
+        fast(x)
+        for name in ("stem", "left"):
+            layer = getattr(model, name)
+            torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn_like(layer.weight)))
+            for _ in range(3):
+                assert error(model(x), fast(x)) < 1e-4
+    assert slim(fast)
+
+
+@pytest.fixture
+def _swapping() -> Iterator[None]:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("_swapping")
+def test_conversion_and_loading_by_swapping() -> None:
+    model: Any = masked()
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(images())
+        load_state_dict(model, 3)
+        assert error(model(images()), fast(images())) < 1e-4
+        model.double()
+        assert error(model(images().double()), fast(images().double())) < 1e-9
+
+
+def test_what_was_made_for_weights_that_are_gone_goes_with_them() -> None:
+    one, other = masked(), masked()
+    fast, faster = compiled(one), compiled(other)
+    with torch.no_grad():
+        fast(images())
+        faster(images())
+        (graph,) = slim(fast)
+        assert slim(faster) == (graph,)
+        assert len(graph.modules()) == 2
+        del other, faster
+        gc.collect()
+        assert len(graph.modules()) == 1
+
+
+def test_a_loop_that_gives_a_weight_new_memory_at_every_call_runs_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = masked()
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(images())
+        (graph,) = slim(fast)
+        built: list[object] = []
+        monkeypatch.setattr(type(graph), "build", lambda *args: built.append(args))
+        for trial in range(5):
+            new_data(model, trial)
+            assert torch.equal(model(images()), fast(images()))
+    assert not built
+
+
+class Head(nn.Module):
+    """A head on a stem that it shares with others."""
+
+    def __init__(self, stem: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.head = stem, nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.stem(x)))
+
+
+def test_models_that_share_their_first_weight_keep_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    stem = nn.Conv2d(3, 16, 1)
+    one, two = Head(stem).eval(), Head(stem).eval()
+    fast, faster = compiled(one), compiled(two)
+    with torch.no_grad():
+        one.head.weight[:, :8] = 0
+        two.head.weight[:, 4:] = 0
+        fast(images())
+        faster(images())
+        (graph,) = slim(fast)
+        monkeypatch.setattr(type(graph), "_renewed", lambda *args: pytest.fail("nothing has changed"))
+        for _ in range(3):
+            assert error(one(images()), fast(images())) < 1e-4
+            assert error(two(images()), faster(images())) < 1e-4
+    assert [layer.channels_out[1] for layer in chanopt.explain(fast).layers] == [8, 4]
+    assert [layer.channels_out[1] for layer in chanopt.explain(faster).layers] == [4, 4]
+
+
+def test_good_weights_that_are_loaded_into_bad_ones_are_optimised() -> None:
+    model: Any = masked()
+    good = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.left.weight.fill_(float("nan"))
+        fast = compiled(model)
+        with pytest.warns(UserWarning, match="tried again once its weights have changed"):
+            fast(images())
+        with pytest.raises(chanopt.errors.ChanoptError, match="no optimised graph"):
+            chanopt.explain(fast)
+        model.load_state_dict(good)
+        for _ in range(3):
+            assert error(model(images()), fast(images())) < 1e-4
+    assert macs(fast)[1] < macs(fast)[0]
+
+
+def test_whatever_fails_long_after_the_first_call_the_answer_is_right(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Any = masked()
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(images())
+        (graph,) = slim(fast)
+        monkeypatch.setattr(type(graph), "_built", lambda *args: (_ for _ in ()).throw(OSError("no space")))
+        model.left.weight.mul_(2)
+        for _ in range(4):
+            assert torch.equal(model(images()), fast(images()))
+    assert caplog.text.count("runs as it is until its weights change: OSError: no space") == 1
 
 
 @pytest.mark.slow

@@ -1,4 +1,8 @@
-"""The pages in docs/: every Python block runs, in order, and prints what the text block after it says."""
+"""The pages in docs/: every Python block runs, in order, and prints what the text block after it says.
+
+Blocks that take long, or whose libraries warn, are marked ``py`` instead of ``python``; they check themselves by assert,
+and run in a slow test.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +53,12 @@ def run(block: Block, page: Path, names: dict[str, Any]) -> str:
     return printed.getvalue()
 
 
-def check(page: Path) -> int:
-    """Run a page; returns how many outputs were compared."""
+def check(page: Path, languages: tuple[str, ...] = ("python",)) -> int:
+    """Run the blocks of a page in some languages; returns how many outputs were compared."""
     names: dict[str, Any] = {"__name__": f"docs.{page.stem}"}
     printed, compared = "", 0
     for block in blocks(page):
-        if block.language == "python":
+        if block.language in languages:
             _require_shown(printed, f"{page.name}, before line {block.line}")
             printed = run(block, page, names)
         if block.language == "text":
@@ -79,6 +83,24 @@ def test_the_page_does_what_it_says(page: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)  # pages write files
     outputs = sum(block.language == "text" for block in blocks(page))
     assert check(page) == outputs
+
+
+SLOW = [page for page in PAGES if any(block.language == "py" for block in blocks(page))]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("page", SLOW, ids=lambda page: page.stem)
+def test_the_page_with_its_slow_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert check(page, ("python", "py")) > 0
+
+
+def test_no_code_on_a_page_is_left_out() -> None:
+    """What is in no other language is run; a shell command is not."""
+    languages = {block.language for page in PAGES for block in blocks(page)}
+    assert languages <= {"python", "py", "text", "ebnf", "sh", "yaml", "json", ""}
+    assert "export" in {page.stem for page in SLOW}
 
 
 def test_the_pages_that_are_meant_to_be_run_have_blocks() -> None:

@@ -191,7 +191,7 @@ def test_measured_costs_are_asked_for_once_for_all_convs(monkeypatch: pytest.Mon
     assert asked[0] >= 2
 
 
-@pytest.mark.parametrize("name", sorted(MICRO)[::3])
+@pytest.mark.parametrize("name", sorted(MICRO)[::6])
 def test_micro_nets_for_a_gpu(name: str) -> None:
     """Planned for CUDA and run here, channels last where there are images: the operators have ATen forms."""
     net = MICRO[name].build()

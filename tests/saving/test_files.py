@@ -27,6 +27,7 @@ from tests.support.micro import MICRO
 
 MANIFEST = "archive/extra/chanopt/manifest.json"
 PLAN = "archive/extra/chanopt/plan.json"
+REPORT = "archive/extra/chanopt/report.json"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -375,6 +376,87 @@ def test_bytes_that_were_damaged(path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(LoadError, match="it is damaged|is not what was saved"):
         chanopt.load(path)
+
+
+@pytest.mark.parametrize("lost", [(0, 3000), (-500, 0), (-800, -300)])
+def test_bytes_that_were_lost(path: Path, lost: tuple[int, int]) -> None:
+    data = path.read_bytes()
+    middle = len(data) // 2
+    start, stop = lost if lost[0] == 0 else (middle + lost[0], middle + lost[1])
+    path.write_bytes(data[:start] + data[stop:])
+    with pytest.raises(LoadError):
+        chanopt.load(path)
+
+
+def test_no_flipped_bit_raises_anything_else(path: Path, fast: fx.GraphModule, x: Tensor) -> None:
+    """Of the archive's directory, which no digest covers, every 7th bit."""
+    data = path.read_bytes()
+    directory = data.rfind(b"PK\x01\x02", 0, data.rfind(b"PK\x01\x02"))  # the last two entries
+    refused = 0
+    for bit in range(8 * directory, 8 * len(data), 7):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            again = chanopt.load(path)
+        except LoadError:
+            refused += 1
+        else:  # a time stamp
+            assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in fast.state_dict().items())
+    assert refused > 20
+
+
+def test_a_file_that_may_not_be_read_is_no_damaged_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        chanopt.load(path)
+
+
+@pytest.mark.parametrize("written", [0, -1, True, 1.0, "1", None])
+def test_a_format_that_never_was(path: Path, written: Any) -> None:
+    with pytest.raises(LoadError, match="its format is"):
+        chanopt.load(rewritten(path, {MANIFEST: edited(format=written)}))
+
+
+@pytest.mark.parametrize("report", [b"[]", b'{"x": 1}', b'{"format": 1}', b"{"])
+def test_a_report_that_is_none(path: Path, report: bytes) -> None:
+    other = rewritten(path, {REPORT: report}, sign=True)
+    for read in (chanopt.load, read_report):
+        with pytest.raises(LoadError, match="report"):
+            read(other)
+
+
+@pytest.mark.parametrize("where", [b"slim.pt2", io.BytesIO(), None, 3])
+def test_what_is_no_path(fast: fx.GraphModule, where: Any) -> None:
+    with pytest.raises(ChanoptError, match="expected the path of a file"):
+        chanopt.save(fast, where)
+    with pytest.raises(ChanoptError, match="expected the path of a file"):
+        chanopt.load(where)
+
+
+def test_folders(fast: fx.GraphModule, tmp_path: Path) -> None:
+    with pytest.raises(ChanoptError, match="to write, found the folder"):
+        chanopt.save(fast, tmp_path)
+    with pytest.raises(ChanoptError, match="found no folder .*nowhere; make it first"):
+        chanopt.save(fast, tmp_path / "nowhere" / "slim.pt2")
+    with pytest.raises(LoadError, match="found a folder"):
+        chanopt.load(tmp_path)
+
+
+def test_a_device_that_is_not_there(path: Path) -> None:
+    with pytest.raises(ChanoptError, match="expected a device of this machine, found 'nonsense'"):
+        chanopt.load(path, device="nonsense")
+    if not torch.cuda.is_available():
+        with pytest.raises(ChanoptError, match="expected a device of this machine, found 'cuda'"):
+            chanopt.load(path, device="cuda")
+
+
+def test_weights_without_values(fast: fx.GraphModule, tmp_path: Path) -> None:
+    with pytest.raises(ChanoptError, match="on the meta device; load a state dict first"):
+        chanopt.save(copy.deepcopy(fast).to("meta"), tmp_path / "slim.pt2")
 
 
 def test_what_torch_export_saved(tmp_path: Path) -> None:

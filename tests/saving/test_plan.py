@@ -167,10 +167,50 @@ def test_a_module_more(text: str) -> None:
 def test_other_operators_on_modules_of_the_same_names(text: str, x: Tensor) -> None:
     chanopt.apply_plan(Net().eval(), text, (x,))
     chanopt.apply_plan(Net(activation=nn.GELU), text)  # the names agree, and nothing else was asked
-    with pytest.raises(LoadError, match="runs others on modules of the same names"):
+    with pytest.raises(LoadError, match="on modules of the same names"):
         chanopt.apply_plan(Net(activation=nn.GELU).eval(), text, (x,))
     with pytest.raises(CaptureError, match="eval mode"):
         chanopt.apply_plan(Net(), text, (x,))
+
+
+def test_the_same_operators_with_other_arguments(text: str, x: Tensor) -> None:
+    strided = Net().eval()
+    strided.stem.stride = (2, 2)
+    with pytest.raises(LoadError, match="with other arguments"):
+        chanopt.apply_plan(strided, text, (x,))
+    chanopt.apply_plan(Net().eval(), text, (torch.randn(3, 3, 24, 20),))  # sizes of the example are no arguments
+
+
+def test_what_stands_around_a_module_does_not_hide_its_architecture(text: str) -> None:
+    weighted = Net()
+    nn.utils.parametrizations.weight_norm(weighted.left)
+    for net in (weighted, torch.compile(Net()), torch.compile(weighted)):
+        assert isinstance(chanopt.apply_plan(net, text), fx.GraphModule)  # type: ignore[arg-type]
+    inside: Any = Net()
+    inside.right = torch.compile(inside.right)
+    assert isinstance(chanopt.apply_plan(inside, text), fx.GraphModule)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (None, "found a NoneType"),
+        ({}, "found a dict; give the text"),
+        (Path("plan.json"), r"path.read_text\(\)"),
+        (b"{}", "found a bytes; decode it"),
+        (nn.ReLU(), r"chanopt.Plan.of\(module\)"),
+    ],
+)
+def test_what_is_given_for_a_plan(wrong: Any, told: str) -> None:
+    with pytest.raises(ChanoptError, match=told):
+        chanopt.apply_plan(Net(), wrong)
+
+
+def test_what_is_given_for_a_model(text: str) -> None:
+    with pytest.raises(ChanoptError, match="found the class Net; make one"):
+        chanopt.apply_plan(Net, text)  # type: ignore[arg-type]
+    with pytest.raises(ChanoptError, match="found a NoneType"):
+        chanopt.apply_plan(None, text)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mask", ["prune", "parametrize"])

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import config as inductor_config
 from torch._guards import CompileContext
+from torch._subclasses import FakeTensor
 
 from chanopt.backend.inductor import compile_whole, device_of
 from chanopt.backend.options import Options
@@ -45,22 +47,41 @@ def compile_graph(graph: fx.GraphModule, examples: Sequence[Any], options: Optio
         ChanoptError: in strict mode, where the graph cannot be optimised.
     """
     name = f"graph {CompileContext.current_compile_id() or '?'}"
+    options.require_folder()
     reason = _unfit(graph, examples)
-    if reason is None:
-        made = SlimGraph(name, graph, examples, options)
-        try:
-            made.build(examples)
-        except ChanoptError as error:
-            if options.strict:
-                raise
-            reason = _Reason("refused", str(error))
-        else:
-            enter(made)
-            return made
-    _tell(name, reason)
+    if reason is not None:
+        _tell(name, reason)
+        return _whole(graph, examples, options)
+    made = SlimGraph(name, graph, examples, options)
+    try:
+        made.build(examples)
+    except ChanoptError as error:
+        if options.strict:
+            raise
+        if _all_finite(graph, examples):
+            _tell(name, _Reason("refused", str(error)))
+            return _whole(graph, examples, options)
+        _tell(name, _Reason("refused", f"{error}; it is tried again once its weights have changed"))
+        made.run_otherwise(_whole(graph, examples, options))
+    enter(made)
+    return made
+
+
+def _whole(graph: fx.GraphModule, examples: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """The graph as it is, compiled if the slim one would be."""
     if options.compiler == "eager":
         return graph.forward
     return compile_whole(graph, examples, options.patches(device_of(examples)))
+
+
+def _all_finite(graph: fx.GraphModule, examples: Sequence[Any]) -> bool:
+    """Whether the weights could be those of a trained model: others may yet be loaded into what has NaN now."""
+    weights = [examples[position] for position in owned(graph)]
+    return all(bool(torch.isfinite(weight).all()) for weight in weights if not _is_valueless(weight))
+
+
+def _is_valueless(weight: Any) -> bool:
+    return isinstance(weight, FakeTensor) or weight.is_meta or weight.layout is not torch.strided
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +96,8 @@ class _Reason:
 def _unfit(graph: fx.GraphModule, examples: Sequence[Any]) -> _Reason | None:
     """What speaks against optimising a graph, before anything is tried."""
     if not owned(graph):
+        if inductor_config.freezing and not torch.is_grad_enabled():
+            return _Reason("freezing", _HIDDEN)
         return _Reason("weights", "it reads no parameter or buffer of a module", quiet=True)
     layer = _training(graph)
     if layer is not None:
@@ -83,6 +106,12 @@ def _unfit(graph: fx.GraphModule, examples: Sequence[Any]) -> _Reason | None:
         remedy = "call the model under torch.no_grad() or torch.inference_mode() to have it optimised"
         return _Reason("grad", f"gradients are asked for; {remedy}")
     return None
+
+
+_HIDDEN = (
+    "torch._inductor.config.freezing (or TORCHINDUCTOR_FREEZING) is set for the whole process, and Dynamo then hides the "
+    "weights from backends; leave it off, backend 'chanopt' freezes by itself"
+)
 
 
 def _training(graph: fx.GraphModule) -> str | None:

@@ -5,47 +5,102 @@ Dynamo compiles a function anew when a weight's size or type changes, not when i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors as flatten  # pyright: ignore[reportPrivateUsage]
 
 from chanopt.backend.options import Check
 
 _WHOLE = 4096  # entries of a weight up to which all of them are compared
-_TAKEN = 1024  # entries that are compared of a larger one
 _SMALL = 1 << 18  # entries of all weights together up to which all are compared: a tenth of a millisecond
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """What a weight was.
 
-    Its memory is held, so that it is not given to another, but the weight itself is not: whoever has a watch drops it
-    when a weight has gone. An inference tensor has no version.
+    Its memory is not held: as long as its storage lives, nobody else is given its address. (A reference to the tensor
+    itself would keep ``torch.utils.swap_tensors`` from working.) An inference tensor has no version.
     """
 
     ident: int
-    held: Tensor
+    storage: weakref.ref[Any]
     version: int | None
     address: int
     stride: tuple[int, ...]
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether it is the same tensor, with the same version counter, in the same memory."""
+        return (
+            id(weight) == self.ident
+            and weight.data_ptr() == self.address
+            and self.storage() is not None
+            and (self.version is None or weight._version == self.version)
+            and weight.stride() == self.stride
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """Entries of several weights of one type in one tensor: one comparison for many small weights.
+
+    Attributes:
+        picks: the weight's number, and the positions of the entries in its memory; None for all of them.
+        bits: the entries as integers, so that NaN equals itself.
+    """
+
+    picks: tuple[tuple[int, Tensor | None], ...]
+    bits: Tensor
+
+    @classmethod
+    def of(cls, picks: Sequence[tuple[int, Tensor | None]], weights: Sequence[Tensor]) -> _Packed:
+        """The entries as they are now."""
+        return cls(tuple(picks), _pack(picks, weights).clone())  # of a lone weight it is a view
+
+    def holds(self, weights: Sequence[Tensor]) -> bool:
+        """Whether all are what they were."""
+        return torch.equal(self.bits, _pack(self.picks, weights))
+
+
+@dataclass(frozen=True, slots=True)
+class _Large:
+    """All entries of one weight, compared where they lie."""
+
+    number: int
+    bits: Tensor
+
+    @classmethod
+    def of(cls, number: int, weight: Tensor) -> _Large:
+        """The entries as they are now."""
+        return cls(number, _in_place(weight, _widest(weight)).clone())
+
+    def holds(self, weights: Sequence[Tensor]) -> bool:
+        """Whether all are what they were."""
+        return torch.equal(self.bits, _in_place(weights[self.number], self.bits.dtype))
 
 
 class Watch:
     """Weights as they were at one time.
 
     Objects, version counters, addresses and strides are compared always; values as ``check`` says, and all of them
-    for tensors made under ``torch.inference_mode``, which have no version counter.
+    for tensors made under ``torch.inference_mode``, which have no version counter. No memory of a weight is held.
+
+    Args:
+        weights: the weights.
+        check: which values are compared; "auto" is resolved by the options.
+        gone: called when the memory of a weight has been given back: nothing will ever equal what was seen.
     """
 
-    def __init__(self, weights: Sequence[Tensor], check: Check) -> None:
-        self._seen = tuple(_seen(weight) for weight in weights)
-        views = _views(self._seen, check)
-        self._groups = [group for size in _BITS if (group := [view for view in views if view.itemsize == size])]
-        self._values = [_packed(group) for group in self._groups]
+    def __init__(self, weights: Sequence[Tensor], check: Check, gone: Callable[[], None] | None = None) -> None:
+        self._seen = tuple(_seen(weight, gone) for weight in weights)
+        with torch.no_grad():
+            self._values = _values(self._seen, weights, check)
 
     @property
     def ids(self) -> frozenset[int]:
@@ -54,52 +109,80 @@ class Watch:
 
     def holds(self, weights: Sequence[Tensor]) -> bool:
         """Whether nothing has changed."""
-        for seen, weight in zip(self._seen, weights, strict=True):
-            if id(weight) != seen.ident or weight.data_ptr() != seen.address:
-                return False
-            if seen.version is not None and weight._version != seen.version:
-                return False
-            if weight.stride() != seen.stride:
-                return False
-        return all(
-            torch.equal(values, _packed(group)) for values, group in zip(self._values, self._groups, strict=True)
-        )
+        if not all(seen.holds(weight) for seen, weight in zip(self._seen, weights, strict=True)):
+            return False
+        with torch.no_grad():
+            return all(values.holds(weights) for values in self._values)
 
 
-def _seen(weight: Tensor) -> _Seen:
+def _seen(weight: Tensor, gone: Callable[[], None] | None) -> _Seen:
     version = None if weight.is_inference() else weight._version
-    return _Seen(id(weight), weight.detach(), version, weight.data_ptr(), weight.stride())
+    called = None if gone is None else lambda _: gone()
+    storage = weakref.ref(weight.untyped_storage(), called)
+    return _Seen(id(weight), storage, version, weight.data_ptr(), weight.stride())
 
 
-def _views(weights: Sequence[_Seen], check: Check) -> list[Tensor]:
-    """The entries to compare, as bits, so that NaN equals itself."""
-    total = sum(seen.held.numel() for seen in weights)
-    found: list[Tensor] = []
-    for seen in weights:
-        flat = _flat_bits(seen.held)
-        if seen.version is None or check == "all" or (check == "sample" and total <= _SMALL):
-            found.append(flat)
-        elif check == "sample":
-            found.append(_some(flat))
-    return [view for view in found if view.numel()]
+def _values(seen: Sequence[_Seen], weights: Sequence[Tensor], check: Check) -> list[_Packed | _Large]:
+    """The entries to compare: small weights and samples together by type, large ones one by one."""
+    total = sum(weight.numel() for weight in weights)
+    together: dict[tuple[Any, Any], list[tuple[int, Tensor | None]]] = {}
+    large: list[_Large] = []
+    generator = torch.Generator().manual_seed(0)
+    for number, weight in enumerate(weights):
+        small = weight.numel() <= _WHOLE
+        whole = seen[number].version is None or check == "all" or (check == "sample" and (small or total <= _SMALL))
+        if weight.numel() == 0 or not (whole or check == "sample"):
+            continue
+        if whole and not small and weight.device.type == "cpu" and _is_dense(weight):
+            large.append(_Large.of(number, weight))
+            continue
+        pick = None if whole else _sample(weight, generator).to(weight.device)
+        together.setdefault((weight.dtype, weight.device), []).append((number, pick))
+    return [*(_Packed.of(picks, weights) for picks in together.values()), *large]
 
 
-def _flat_bits(tensor: Tensor) -> Tensor:
-    """A one-dimensional view of all memory between a tensor's first and last entry.
+def _pack(picks: Sequence[tuple[int, Tensor | None]], weights: Sequence[Tensor]) -> Tensor:
+    """The entries of weights of one type, as bits."""
+    taken = [weights[number] if pick is None else _picked(weights[number], pick) for number, pick in picks]
+    packed = flatten(taken)
+    return packed.view(_BITS[packed.itemsize])
 
-    A copy in the tensor's own order would not show later writes.
+
+def _picked(weight: Tensor, positions: Tensor) -> Tensor:
+    reach = 1 + sum((size - 1) * step for size, step in zip(weight.shape, weight.stride(), strict=True))
+    return weight.as_strided((reach,), (1,)).index_select(0, positions)
+
+
+def _sample(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Positions in memory of at least one entry at every index of every axis: every filter, every input channel.
+
+    As many as the longest axis has indices. Each axis is gone through in an order of its own, so that the entries lie
+    on no diagonal.
     """
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(real.shape, real.stride(), strict=True))
-    return real.as_strided((reach if real.numel() else 0,), (1,)).view(_BITS[real.itemsize])
+    count = max(weight.shape)
+    positions = torch.zeros(count, dtype=torch.int64)
+    for size, step in zip(weight.shape, weight.stride(), strict=True):
+        order = torch.randperm(size, generator=generator)
+        positions += step * order.repeat(-(-count // size))[:count]
+    return positions
 
 
-def _some(flat: Tensor) -> Tensor:
-    """Entries at an odd distance, so that those of convs with an even number of entries a channel sweep its inside."""
-    if flat.numel() <= _WHOLE:
-        return flat
-    return flat[:: (flat.numel() // _TAKEN) | 1]
+def _is_dense(weight: Tensor) -> bool:
+    """Whether the entries fill their memory, in whatever order, as in a channels-last weight."""
+    expected = 1
+    for step, size in sorted(zip(weight.stride(), weight.shape, strict=True)):
+        if size > 1 and step != expected:
+            return False
+        expected *= size
+    return True
 
 
-def _packed(views: Sequence[Tensor]) -> Tensor:
-    return torch.cat([*views])
+def _widest(weight: Tensor) -> torch.dtype:
+    """The integers to compare a dense weight as: the wider, the fewer."""
+    sizes = (weight.numel() * weight.itemsize, weight.storage_offset() * weight.itemsize)
+    return torch.int64 if all(size % 8 == 0 for size in sizes) else _BITS[weight.itemsize]
+
+
+def _in_place(weight: Tensor, bits: torch.dtype) -> Tensor:
+    """A dense weight's memory as integers: a view."""
+    return weight.as_strided((weight.numel(),), (1,)).view(bits)

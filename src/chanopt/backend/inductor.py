@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.compile_fx import compile_fx
+from torch.utils import _pytree as pytree
 
 Compiled = Callable[..., Any]
 
@@ -36,11 +37,46 @@ def compile_slim(
     own = fx.GraphModule(module, deepcopy(module.graph))  # Inductor takes what it is given for its own
     with tracing(TracingContext(mode)), _thawed(env):
         run: Any = compile_fx(own, list(given), config_patches=dict(patches))
+    run = _copying(run, _own_outputs(module))
     added = env.guards[known:] if env is not None and known is not None else []
     condition = env.produce_guards_expression(list(given), guards=added) if env is not None and added else None
     if env is None or condition is None:
         return run, None
     return run, lambda *inputs: bool(env.evaluate_guards_expression(condition, list(inputs)))
+
+
+def _own_outputs(module: fx.GraphModule) -> list[int]:
+    """Which outputs must have memory of their own, and may not have it from Inductor.
+
+    Those that depend on weights and sizes alone: of a frozen graph they would be its own constants. And copies, which
+    Inductor drops when it freezes.
+    """
+    fed: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        is_size = node.target is torch.ops.aten.sym_size.int
+        if node.op == "placeholder" or (not is_size and any(operand in fed for operand in node.all_input_nodes)):
+            fed.add(node)
+    outputs = pytree.tree_leaves(module.graph.output_node().args[0])
+    return [
+        number
+        for number, node in enumerate(outputs)
+        if isinstance(node, fx.Node) and (node not in fed or node.target is torch.ops.aten.clone.default)
+    ]
+
+
+def _copying(run: Compiled, positions: Sequence[int]) -> Compiled:
+    """Copies of some outputs, which a caller may write over."""
+    if not positions:
+        return run
+
+    def copied(*inputs: Any) -> Any:
+        outputs = list(run(*inputs))
+        for position in positions:
+            if isinstance(outputs[position], torch.Tensor):
+                outputs[position] = outputs[position].clone()
+        return tuple(outputs)
+
+    return copied
 
 
 def compile_whole(graph: fx.GraphModule, examples: Sequence[Any], patches: Mapping[str, Any]) -> Compiled:
@@ -60,6 +96,17 @@ def _thawed(env: Any) -> Generator[None]:
         yield
     finally:
         env.frozen = True
+
+
+def release(values: Iterable[Any]) -> None:
+    """Make fake tensors forget which real ones they stand for: PyTorch swaps no tensor that something refers to.
+
+    Args:
+        values: what was traced; all fake tensors of its modes forget.
+    """
+    modes = {id(mode): mode for value in values if (mode := getattr(value, "fake_mode", None)) is not None}
+    for mode in modes.values():
+        mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
 
 
 def device_of(examples: Sequence[Any]) -> str:

@@ -25,6 +25,7 @@ _STEP = re.compile(r"\._(?:modules|parameters|buffers)\[(['\"])(.*?)\1\]")
 _INDEX = re.compile(r"\[['\"]?([^\]'\"]*)['\"]?\]")
 _WORD = re.compile(r"[A-Za-z_]\w*")
 Autocast = tuple[str, torch.dtype] | None
+_HELD = "chanopt.held"  # no module of the user's can have this name: PyTorch allows no dots
 _KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 
@@ -54,16 +55,21 @@ class Attached(nn.Module):
 
     def __init__(self, autocast: Autocast = None) -> None:
         super().__init__()
-        self._graph = fx.Graph()
-        self._autocast = autocast
+        vars(self)[_HELD] = (fx.Graph(), autocast)
+
+    @property
+    def chanopt_graph(self) -> fx.Graph:
+        """The graph that is run."""
+        return vars(self)[_HELD][0]
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """Run the graph, under the autocast that it was captured under."""
-        interpreter = fx.Interpreter(self, graph=self._graph)  # pyright: ignore[reportArgumentType]
+        graph, autocast = vars(self)[_HELD]
+        interpreter = fx.Interpreter(self, graph=graph)  # pyright: ignore[reportArgumentType]
         with preserve_node_meta():
-            if self._autocast is None:
+            if autocast is None:
                 return interpreter.run(*inputs)
-            with torch.autocast(self._autocast[0], dtype=self._autocast[1], cache_enabled=False):
+            with torch.autocast(autocast[0], dtype=autocast[1], cache_enabled=False):
                 return interpreter.run(*inputs)
 
 
@@ -80,6 +86,13 @@ def reattach(graph: fx.GraphModule, examples: Sequence[Any], autocast: Autocast 
         CaptureError: the graph has an input that is neither tensor nor number, or a tensor without values.
     """
     return _Reattaching(graph, examples, autocast).fragment()
+
+
+def drop_own_lines(graph: fx.GraphModule) -> None:
+    """Forget the source lines of an exported graph that are in this file: of some modules Dynamo keeps none."""
+    for node in graph.graph.nodes:
+        if __file__ in (node.meta.get("stack_trace") or ""):
+            node.meta["stack_trace"] = ""
 
 
 def owned(graph: fx.GraphModule) -> tuple[int, ...]:
@@ -132,7 +145,7 @@ class _Reattaching:
 
     @property
     def _made(self) -> fx.Graph:
-        return self.module._graph  # pyright: ignore[reportPrivateUsage]
+        return self.module.chanopt_graph
 
     def _classified(self, kept: tuple[int, ...]) -> tuple[list[int], list[tuple[int, int | float]]]:
         """The inputs that stay, and those that are numbers, with their values."""

@@ -205,6 +205,7 @@ class _Emitter:
         self.nodes: dict[str, fx.Node] = {}
         self.made: dict[tuple[str, IndexMap], fx.Node] = {}
         self.names: dict[str, list[tuple[Any, str]]] = {}
+        self.named = {param.name for op in program.ops for param in op.params}
         self.shapes: dict[fx.Node, tuple[tuple[int | str, ...], str]] = {}
 
     def module(self) -> fx.GraphModule:
@@ -450,7 +451,10 @@ class _Emitter:
         for other, full in known:
             if other == key:
                 return self.graph.get_attr(full)
-        full = name if not known else f"{name}_{len(known)}"
+        taken = {other for entries in self.names.values() for _, other in entries} | (self.named - {name})
+        count, full = len(known), f"{name}_{len(known)}" if known else name
+        while full in taken:
+            count, full = count + 1, f"{name}_{count + 1}"
         known.append((key, full))
         owner = self.root
         *path, leaf = full.split(".")
@@ -467,9 +471,9 @@ class _Emitter:
 
 def _memory_of(node: fx.Node) -> fx.Node:
     """The node in whose memory a node's result lies, or may lie (``reshape``): views are followed back."""
-    while isinstance(node.target, OpOverload) and node.target._schema.returns:
-        aliased = node.target._schema.returns[0].alias_info is not None
-        if not aliased or not isinstance(node.args[0], fx.Node):
+    while isinstance(node.target, OpOverload):
+        returns = node.target._schema.returns  # pyright: ignore[reportPrivateUsage]
+        if not returns or returns[0].alias_info is None or not isinstance(node.args[0], fx.Node):
             break
         node = node.args[0]
     return node

@@ -1,4 +1,4 @@
-"""The report of a compiled function that consists of several graphs."""
+"""The report of a compiled function, which may consist of several graphs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from chanopt.report.report import Report, merged
 
 @dataclass(frozen=True)
 class GraphReports(Report):
-    """The sum of several reports; iterating gives each.
+    """The sum of the reports of a function's graphs; iterating gives each.
 
-    A function has several graphs where Dynamo could not capture it as a whole, and one more for every set of input
-    sizes, types or modes that it compiled the function for anew. The figures are sums over all of them.
+    A function has several graphs where Dynamo could not capture it as a whole. Of what Dynamo has compiled anew, for
+    other sizes, types or modes, only the last counts.
 
     Attributes:
         graphs: the report of each graph, in the order in which they were compiled.
@@ -31,7 +31,7 @@ class GraphReports(Report):
         return "\n\n".join(map(str, self.graphs))
 
     def to_json(self) -> str:
-        """The sum as JSON, which :meth:`Report.from_json` reads; for one graph, ask its own report."""
+        """The sum as JSON, which :meth:`Report.from_json` reads; for one of the graphs, ask its own report."""
         return self._sum().to_json()
 
     def _sum(self) -> Report:
@@ -39,9 +39,14 @@ class GraphReports(Report):
 
 
 def together(reports: Sequence[Report]) -> Report:
-    """One report of those of several graphs: itself if it is alone, else their sum."""
-    if len(reports) == 1:
-        return reports[0]
+    """One report of those of the graphs of a function: their sum."""
     names = [f"{number} {report.model}" for number, report in enumerate(reports)]
-    total = merged(f"{len(reports)} graphs", dict(zip(names, reports, strict=True)), ())
+    several = len(reports) != 1
+    total = merged(f"{len(reports)} graphs", dict(zip(names, reports, strict=True)), ()) if several else reports[0]
     return GraphReports(**{field.name: getattr(total, field.name) for field in fields(Report)}, graphs=tuple(reports))
+
+
+def figures(report: Report) -> str:
+    """One line for the log: how much less is computed, and how long each stage took."""
+    spent = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in report.seconds.items())
+    return f"{report.macs_before} -> {report.macs_after} multiply-accumulates; {spent}"

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import struct
 import sys
 import warnings
 import zipfile
@@ -218,16 +219,38 @@ def report_of(path: Path) -> str:
         return _checked(archive, root, manifest, path)[f"{_OURS}report.json"].decode()
 
 
+# What a damaged archive makes zipfile raise; OSError where it is sent to a place before the file's first byte.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    LookupError,
+    MemoryError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+)
+
+
 @contextlib.contextmanager
 def _opened(path: Path) -> Generator[zipfile.ZipFile]:
     if not path.is_file():
-        raise LoadError(f"expected a file saved by chanopt.save, found no file {path}")
+        raise LoadError(
+            f"expected a file saved by chanopt.save, found {'a folder' if path.is_dir() else 'no file'} {path}"
+        )
+    with path.open("rb"):
+        pass  # what may not be read is no damaged file
     if not zipfile.is_zipfile(path):
         raise LoadError(f"expected a .pt2 file saved by chanopt.save, found that {path} is none, or cut short; {_SAVE}")
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except PermissionError:
+        raise
+    except _DAMAGED as error:
         raise _changed(path, f"it is damaged ({error})") from error
 
 
@@ -244,7 +267,9 @@ def _manifest(archive: zipfile.ZipFile, path: Path) -> tuple[str, dict[str, Any]
         written, by = manifest["format"], manifest["chanopt"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _changed(path, "its manifest is not JSON of chanopt's") from error
-    if not isinstance(written, int) or written > FORMAT:
+    if type(written) is not int or written < 1:
+        raise _changed(path, f"its format is {written!r}")
+    if written > FORMAT:
         raise LoadError(
             f"expected a file of format {FORMAT} at most, found that {path} has format {written!r}, "
             f"written by chanopt {by}; update chanopt to read it"

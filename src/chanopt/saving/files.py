@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,21 @@ def save(module: nn.Module, path: str | Path, *, exported: ExportedProgram | Non
 
     Raises:
         ChanoptError: the module was not made by chanopt, was optimised in parts (save each part), its graph was changed
-            since, or torch cannot export it.
+            since, has no values (the meta device), or torch cannot export it; or the path is none, or in no folder.
         OSError: the file cannot be written.
     """
+    target = _file(path)
     plan = Plan.of(module)
     assert isinstance(module, fx.GraphModule)  # only these have plans
+    _require_writable(target)
+    _require_values(module)
     _require_unchanged(module, plan)
     require_harmless(plan.program)
     exported = export(module, plan) if exported is None else exported
     if set(exported.state_dict) != set(module.state_dict()):
         raise ChanoptError("expected an export of the module to save, found one with other parameters")
-    archive.write(Path(path), exported, plan.to_json(), plan.report.to_json(), _version())
-    return Path(path)
+    archive.write(target, exported, plan.to_json(), plan.report.to_json(), _version())
+    return target
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> fx.GraphModule:
@@ -68,11 +72,17 @@ def load(path: str | Path, *, device: str | torch.device = "cpu") -> fx.GraphMod
 
     Raises:
         LoadError: the file is not chanopt's, is cut short or changed, or comes from a newer version.
+        ChanoptError: the path is none, or this machine has no such device.
+        OSError: the file is there and cannot be read.
     """
-    found = archive.read(Path(path))
+    _require_device(device)
+    source = _file(path)
+    found = archive.read(source)
     plan = Plan.from_json(found.plan)
+    if _report(found.report, source) != plan.report:
+        raise LoadError(f"expected one report in {source}, found that its plan has another; save it again")
     module = plan.module()
-    _fill(module, found, Path(path))
+    _fill(module, found, source)
     return module.to(device)
 
 
@@ -82,12 +92,53 @@ def read_report(path: str | Path) -> Report:
     Raises:
         LoadError: as :func:`load`.
     """
-    return Report.from_json(archive.report_of(Path(path)))
+    source = _file(path)
+    return _report(archive.report_of(source), source)
 
 
 def is_saved(path: str | Path) -> bool:
     """Whether a file is one that :func:`save` wrote, in this version of the format or another."""
-    return archive.is_ours(Path(path))
+    return archive.is_ours(_file(path))
+
+
+def _file(path: Any) -> Path:
+    if not isinstance(path, str | PathLike):
+        raise ChanoptError(
+            f"expected the path of a file, found a {type(path).__name__}; chanopt writes and reads files"
+        )
+    return Path(path)
+
+
+def _require_writable(path: Path) -> None:
+    if not path.name or path.is_dir():
+        raise ChanoptError(f"expected the path of a file to write, found the folder {path}; give the file a name")
+    if not path.parent.is_dir():
+        raise ChanoptError(f"expected a folder to write {path.name} into, found no folder {path.parent}; make it first")
+
+
+def _require_values(module: fx.GraphModule) -> None:
+    empty = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+    if empty:
+        raise ChanoptError(
+            f"expected weights with values to save, found {empty[0]} on the meta device; load a state dict first"
+        )
+
+
+def _require_device(device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # torch says it in all these ways
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ChanoptError(f"expected a device of this machine, found {str(device)!r} ({first})") from error
+
+
+def _report(text: str, path: Path) -> Report:
+    try:
+        return Report.from_json(text)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise LoadError(
+            f"expected a report in {path}, found something else ({type(error).__name__}: {error}); save it again"
+        ) from error
 
 
 def _fill(module: fx.GraphModule, found: archive.Archive, path: Path) -> None:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from types import MappingProxyType
 from typing import Any
 
@@ -68,7 +69,7 @@ class Architecture:
         name: class name of the model; for messages only.
         modules: names of its modules; empty if it was given as an exported program.
         tensors: sizes of its parameters and buffers, by name; masks and re-parametrisations left out.
-        calls: digest of the operators that it runs, in order.
+        calls: digest of the operators that it runs, in order, and of their arguments but sizes.
     """
 
     name: str
@@ -269,14 +270,16 @@ def apply_plan(
             checked against the plan, and not modified.
         plan: a plan, or its JSON.
         example_inputs: if given, the model is captured (it must be in eval mode), and the operators it runs are
-            compared too.
+            compared too, with their strides, paddings and other arguments; sizes of tensors are not.
         kwargs: keyword inputs, likewise.
 
     Raises:
         LoadError: the plan was made for another architecture, with the first differences; or its JSON is none.
+        ChanoptError: the model is no module, or the plan neither a plan nor a text.
         CaptureError: with example inputs, if the model cannot be captured.
     """
-    plan = Plan.from_json(plan) if isinstance(plan, str) else plan
+    _require_module(model)
+    plan = _plan(plan)
     _require_architecture(model, plan.architecture)
     if example_inputs is not None or kwargs is not None:
         inputs = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
@@ -284,9 +287,32 @@ def apply_plan(
         if found != plan.architecture.calls:
             raise LoadError(
                 f"expected the operators of the {plan.architecture.name} that the plan was made for, found that this "
-                f"{type(model).__name__} runs others on modules of the same names; build it with the same options"
+                f"{type(model).__name__} runs others, or with other arguments (strides, paddings), on modules of the "
+                "same names; build it with the same options"
             )
     return plan.module()
+
+
+def _require_module(given: Any) -> None:
+    if isinstance(given, nn.Module):
+        return
+    found = f"the class {given.__name__}; make one" if isinstance(given, type) else f"a {type(given).__name__}"
+    raise ChanoptError(f"expected a module of the original architecture, found {found}")
+
+
+def _plan(given: Any) -> Plan:
+    if isinstance(given, Plan):
+        return given
+    if isinstance(given, str):
+        return Plan.from_json(given)
+    remedy = {
+        PathLike: "give the text in it: path.read_text()",
+        bytes: "decode it",
+        nn.Module: "chanopt.Plan.of(module) is its plan",
+        Mapping: "give the text that it was read from",
+    }
+    told = next((f"; {words}" for kind, words in remedy.items() if isinstance(given, kind)), "")
+    raise ChanoptError(f"expected a chanopt.Plan or its JSON, found a {type(given).__name__}{told}")
 
 
 def _require_architecture(model: nn.Module, wanted: Architecture) -> None:
@@ -309,19 +335,27 @@ def _require_architecture(model: nn.Module, wanted: Architecture) -> None:
 
 
 _REPARAMETRISED = re.compile(r"(?:^|\.)parametrizations(?:\.|$)")
-_ORIGINAL = re.compile(r"((?:.*\.)?)parametrizations\.(\w+)\.original")
+_ORIGINAL = re.compile(r"((?:.*\.)?)parametrizations\.(\w+)\.original\d*")
+_COMPILED = re.compile(r"(^|\.)_orig_mod(?=\.|$)")
 
 
 def _plain_modules(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if name and not _REPARAMETRISED.search(name))
+    plain = [_uncompiled(name) for name in names if not _REPARAMETRISED.search(name)]
+    return tuple(dict.fromkeys(filter(None, plain)))
+
+
+def _uncompiled(name: str) -> str:
+    """A name without what ``torch.compile`` puts between a module and its parts."""
+    return _COMPILED.sub("", name).removeprefix(".")
 
 
 def _plain_tensors(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Sizes of parameters and persistent buffers under the names that they have without masks on them.
 
-    ``torch.nn.utils.prune`` splits ``weight`` into ``weight_orig`` and ``weight_mask``, ``parametrize`` renames it.
+    ``torch.nn.utils.prune`` splits ``weight`` into ``weight_orig`` and ``weight_mask``, ``parametrize`` renames it, or
+    makes several tensors of it, the greatest of its sizes (``weight_norm``: a direction, and a length per filter).
     """
-    state = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    state = {_uncompiled(name): tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     plain: dict[str, tuple[int, ...]] = {}
     for name, shape in state.items():
         stem = name.removesuffix("_orig").removesuffix("_mask")
@@ -329,14 +363,18 @@ def _plain_tensors(module: nn.Module) -> dict[str, tuple[int, ...]]:
         if stem != name and f"{stem}_orig" in state and f"{stem}_mask" in state:
             plain[stem] = shape
         elif original is not None:
-            plain[original[1] + original[2]] = shape
+            name = original[1] + original[2]
+            plain[name] = max(plain.get(name, shape), shape, key=math.prod)
         elif not _REPARAMETRISED.search(name):
             plain[name] = shape
     return plain
 
 
 def _calls(captured: Captured) -> str:
-    """A digest of the operators that a graph runs, in order; those of masks are left out with what they compute."""
+    """A digest of the operators that a graph runs, in order, with their arguments.
+
+    Those of masks are left out with what they compute; sizes are, which differ with the example inputs.
+    """
     graph = captured.graph.graph
     fed: set[fx.Node] = set()
     names: list[str] = []
@@ -346,8 +384,36 @@ def _calls(captured: Captured) -> str:
             continue
         fed.add(node)
         if isinstance(node.target, OpOverload) and node.target is not torch.ops.aten.sym_size.int:
-            names.append(str(node.target))  # arithmetic on sizes depends on which sizes were left open
+            names.append(f"{node.target}{_arguments(node, node.target)}")  # which sizes are open, is no matter
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+_SHAPING = frozenset({"stride", "padding", "dilation", "groups", "output_padding", "kernel_size", "output_size"})
+"""Arguments that torch's schemas give the type of a size, and that say what is computed."""
+
+
+def _arguments(node: fx.Node, target: OpOverload) -> dict[str, Any]:
+    """The arguments of a call that are neither tensors nor sizes, nor about memory."""
+    schema: Any = target._schema.arguments  # pyright: ignore[reportPrivateUsage]
+    given = {argument.name: value for argument, value in zip(schema, node.args, strict=False)} | dict(node.kwargs)
+    found: dict[str, Any] = {}
+    for argument in schema:
+        kind = argument.real_type.str()
+        is_size = "SymInt" in kind and argument.name not in _SHAPING
+        value = given.get(argument.name, argument.default_value)
+        if "Tensor" in kind or is_size or argument.name in _OF_MEMORY or _is_open(value):
+            continue
+        found[argument.name] = list(value) if isinstance(value, tuple | list) else value
+    return found
+
+
+_OF_MEMORY = frozenset({"dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking", "copy", "implicit"})
+
+
+def _is_open(value: Any) -> bool:
+    """Whether an argument is, or holds, something that is only known at run time."""
+    items = value if isinstance(value, tuple | list) else (value,)
+    return any(isinstance(item, fx.Node | torch.SymInt | torch.SymFloat) for item in items)
 
 
 def _has_plan(module: nn.Module) -> bool:
