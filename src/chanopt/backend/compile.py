@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor import config as inductor_config
 from torch._guards import CompileContext
+from torch._inductor import config as inductor_config
 from torch._subclasses import FakeTensor
 
 from chanopt.backend.inductor import compile_whole, device_of
@@ -109,8 +109,8 @@ def _unfit(graph: fx.GraphModule, examples: Sequence[Any]) -> _Reason | None:
 
 
 _HIDDEN = (
-    "torch._inductor.config.freezing (or TORCHINDUCTOR_FREEZING) is set for the whole process, and Dynamo then hides the "
-    "weights from backends; leave it off, backend 'chanopt' freezes by itself"
+    "torch._inductor.config.freezing (or TORCHINDUCTOR_FREEZING) is set for the whole process, and Dynamo then hides "
+    "the weights from backends; leave it off, backend 'chanopt' freezes by itself"
 )
 
 
