@@ -558,6 +558,23 @@ def test_callback_does_what_the_loop_does(residual: Groups) -> None:
 
 
 @pytest.mark.slow
+def test_lightning_trains_with_the_callback_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("in_lightning.py")
+    words = [sys.executable, "-W", "ignore", str(script), str(tmp_path / "run"), str(tmp_path / "result.json")]
+    subprocess.run(words, env=environment, cwd=root, check=True, timeout=300)
+    told = json.loads((tmp_path / "result.json").read_text())
+    first = told["first"]
+    assert any(len(channels) < 16 for channels in first["kept"])
+    assert first["cost"] <= first["target"]
+    pruned = [step for step, what in first["events"] if what == "pruned"]
+    assert pruned
+    assert told["later"]
+    assert min(step for step, _ in told["later"]) >= 4 * 4  # it goes on behind the four epochs of the checkpoint
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "local", "skip", "infeasible"])
 def test_two_processes_decide_alike(mode: str, tmp_path: Path) -> None:
     """`local` has gradients of its own data in each process, so that alone they would decide otherwise."""
