@@ -8,13 +8,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from chanopt.analysis.demand import rounded
-from chanopt.analysis.labels import is_rigid
-from chanopt.ir import Access, IndexMap, Kind, Layout, Op, Program, flow_back
+from chanopt.analysis.demand import Mask
+from chanopt.analysis.widening import Lives, can_make, widened
+from chanopt.ir import IndexMap, Layout, Op, Program
 from chanopt.pass_infra import Pass
 from chanopt.target import Target
-
-Lives = dict[str, IndexMap]
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class AlignChannels(Pass):
         if Target.parse(program.target).device != "cuda" or not program.channels_last:
             return program
         makers = {op.result: op for op in program.ops}
-        live = {name: value.layout.live for name, value in program.values.items() if value.layout is not None}
+        live: Lives = {name: value.layout.live for name, value in program.values.items() if value.layout is not None}
         for op in reversed(program.ops):
             if op.result in live and len(program.values[op.result].shape) == 4:
                 live = self._aligned(op, program, live, makers)
@@ -58,40 +56,14 @@ class AlignChannels(Pass):
 
     def _aligned(self, op: Op, program: Program, live: Lives, makers: Mapping[str, Op]) -> Lives:
         missing = -len(live[op.result]) % self.multiple
-        spare = np.setdiff1d(np.flatnonzero(_makes(op, program)), live[op.result].array)
+        spare = np.setdiff1d(np.flatnonzero(can_make(op, program)), live[op.result].array)
         if not missing or len(spare) < missing:
             return live
-        grown = _grown(op.result, spare[:missing], program, live, makers)
+
+        def behind(value: str, mask: Mask) -> IndexMap:
+            before = live[value].array
+            return IndexMap(np.concatenate([before, np.setdiff1d(np.flatnonzero(mask), before)]))
+
+        grown = widened(program, makers, live, op.result, IndexMap(spare[:missing]), behind)
         fits = grown is not None and len(grown[op.result]) % self.multiple == 0
         return grown if fits and grown is not None else live
-
-
-def _makes(op: Op, program: Program) -> np.ndarray:
-    """Shape (channels,): what an op can make; a concat has lost operands of which nothing was needed."""
-    made = np.ones(program.values[op.result].live.channels, np.bool_)
-    flows = [read.index.array[: len(made)] >= 0 for read in op.reads if read.access is Access.FLOW and read.fan == 1]
-    if op.kind is Kind.CONCAT:
-        return np.logical_or.reduce(flows)
-    return np.logical_and.reduce([made, *flows])
-
-
-def _grown(value: str, added: np.ndarray, program: Program, live: Lives, makers: Mapping[str, Op]) -> Lives | None:
-    """Every value with what the wider one needs; None where an op cannot give it."""
-    grown, queue = dict(live), [(value, added)]
-    while queue:
-        name, wanted = queue.pop()
-        op = makers[name]
-        mask = np.zeros(program.values[name].live.channels, np.bool_)
-        mask[grown[name].array] = True
-        mask[wanted] = True
-        mask = rounded(op, mask)
-        mask[grown[name].array] = False
-        new = np.flatnonzero(mask)
-        if not len(new):
-            continue
-        if is_rigid(op) or not _makes(op, program)[new].all():
-            return None
-        grown[name] = IndexMap(np.concatenate([grown[name].array, new]))
-        flows = (read for read in op.reads if read.access is Access.FLOW)
-        queue.extend((read.value, flow_back(read, IndexMap(new)).array) for read in flows)
-    return grown

@@ -8,10 +8,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from chanopt.analysis.demand import demand, rounded
+from chanopt.analysis.demand import Mask, demand
 from chanopt.analysis.figures import figures
 from chanopt.analysis.labels import Labels, is_rigid, label
 from chanopt.analysis.segments import OrderGraph, Place, Segment
+from chanopt.analysis.widening import widened
 from chanopt.ir import Access, IndexMap, Kind, Layout, Op, Program, Read, flow_back
 from chanopt.pass_infra import Pass, PassResult, Property
 from chanopt.solve import Instance, Solution, solve
@@ -217,20 +218,8 @@ class _Layouts:
 
     def _grown(self, live: dict[str, IndexMap], value: str, channels: IndexMap) -> dict[str, IndexMap] | None:
         """Every value with the channels that the wider one needs; None where an op cannot give them."""
-        grown = dict(live)
-        queue = [(value, channels)]
-        while queue:
-            name, wanted = queue.pop()
-            op = self.makers[name]
-            mask = np.zeros(self.program.values[name].live.channels, np.bool_)
-            mask[grown[name].array] = True
-            mask[wanted.array] = True
-            mask = rounded(op, mask)
-            if int(mask.sum()) == len(grown[name]):
-                continue
-            if is_rigid(op):
-                return None
-            grown[name] = self._sorted(name, np.flatnonzero(mask))
-            flows = (read for read in op.reads if read.access is Access.FLOW)
-            queue.extend((read.value, flow_back(read, grown[name])) for read in flows)
-        return grown
+
+        def arranged(name: str, mask: Mask) -> IndexMap:
+            return self._sorted(name, np.flatnonzero(mask))
+
+        return widened(self.program, self.makers, live, value, channels, arranged)
