@@ -43,7 +43,7 @@ def test_a_reads_numbers() -> None:
     [
         (HALF, "cpu", {R.VIEW, R.DENSE}),
         (LAST, "cpu", {R.VIEW, R.GEMM, R.DENSE}),
-        (replace(HALF, batch=2), "cpu", {R.VIEW, R.GEMM, R.DENSE}),
+        (replace(HALF, batch=2), "cpu", {R.VIEW, R.DENSE}),
         (replace(LAST, runs=((0, 8), (16, 24))), "cpu", {R.GATHER, R.GEMM, R.RUNS, R.COVER, R.DENSE}),
         (replace(LAST, runs=SCATTERED), "cpu", {R.GATHER, R.GEMM, R.COVER, R.DENSE}),
         (replace(LAST, kernel=(3, 3)), "cpu", {R.VIEW, R.DENSE}),

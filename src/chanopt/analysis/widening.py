@@ -53,8 +53,8 @@ def can_make(op: Op, program: Program) -> Mask:
     made = np.ones(program.values[op.result].live.channels, np.bool_)
     there = [_present(read, len(made)) for read in op.reads if read.access is Access.FLOW]
     together = np.stack([made, *there])
-    return together[1:].any(0) if op.kind is Kind.CONCAT else together.all(0)
+    return np.any(together[1:], axis=0) if op.kind is Kind.CONCAT else np.all(together, axis=0)
 
 
 def _present(read: Read, channels: int) -> Mask:
-    return (read.index.array.reshape(channels, read.fan) >= 0).all(1)
+    return np.all(read.index.array.reshape(channels, read.fan) >= 0, axis=1)

@@ -293,22 +293,10 @@ class _Emitter:
     # -- a 1x1 conv as a matrix product, and a conv that gathers while it loads ------------------------------------
 
     def product(self, op: Op) -> fx.Node:
-        """A 1x1 conv over all pixels at once: ATen's would copy what is not contiguous."""
-        read, (weight, bias) = op.reads[0], self.weights(op)
-        operand = self.operand(op, read)
-        if self.program.channels_last:
-            rows = self.graph.call_function(aten.linear.default, (self.rows(operand), weight, bias))
-            return self.image(rows, op)
-        images = self.graph.call_function(aten.sym_size.int, (operand, 0))
-        factor = self.graph.call_function(aten.expand.default, (weight, [images, -1, -1]))
-        pixels = self.graph.call_function(aten.flatten.using_ints, (operand, 2))
-        if bias is None:
-            made = self.graph.call_function(aten.bmm.default, (factor, pixels))
-        else:
-            column = self.graph.call_function(aten.unsqueeze.default, (bias, 1))
-            made = self.graph.call_function(aten.baddbmm.default, (column, factor, pixels))
-        sizes = [self.size(read.value, 2), self.size(read.value, 3)]
-        return self.graph.create_node("call_function", aten.unflatten.int, (made, 2, sizes), {}, op.result)
+        """A 1x1 conv, channels last, over all pixels at once: ATen's would copy what is not contiguous."""
+        weight, bias = self.weights(op)
+        rows = self.rows(self.operand(op, op.reads[0]))
+        return self.image(self.graph.call_function(aten.linear.default, (rows, weight, bias)), op)
 
     def by_runs(self, op: Op) -> fx.Node:
         """A 1x1 conv, channels last, as the sum of one product for each range of channels."""

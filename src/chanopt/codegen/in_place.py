@@ -14,7 +14,7 @@ _FRESH = frozenset(
     {
         *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default),
         *(aten.conv2d.padding, aten.conv_transpose2d.input, aten.batch_norm.default, aten.cat.default),
-        *(aten.add.Tensor, aten.add_.Tensor, aten.addmm.default, aten.bmm.default, aten.baddbmm.default),
+        *(aten.add.Tensor, aten.add_.Tensor, aten.addmm.default),
     }
 )
 _VIEWS = frozenset({aten.permute.default, aten.unflatten.int})

@@ -61,17 +61,6 @@ def seconds(read: ConvRead, way: Realization, device: str) -> float:
     return _conv(read, channels, machine, device) + (moved if _is_copied(read, channels == read.stored) else 0.0)
 
 
-def saved(channels_last: bool, batch: int, is_conv: bool, is_pointwise: bool, device: str) -> bool:
-    """Whether a reader is spared a copy if its channels are one range.
-
-    Not so where the device copies the range as well: a conv that is not a matrix product, in channels last or on
-    several images. Everything that is not a conv reads strided memory.
-    """
-    if not is_conv or (is_pointwise and device == "cpu"):
-        return True
-    return not channels_last and batch == 1
-
-
 def _is_copied(read: ConvRead, whole: bool) -> bool:
     return not whole and (read.channels_last or read.batch > 1)
 

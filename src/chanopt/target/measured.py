@@ -171,10 +171,7 @@ def calls_of(read: ConvRead, device: str) -> Mapping[str, Call]:
 
 
 def _product(operand: Tensor, weight: Tensor, bias: Tensor, read: ConvRead) -> Tensor:
-    if read.channels_last:
-        return _image(functional.linear(_rows(operand), weight.flatten(1), bias), read)
-    factor = weight.flatten(1).expand(read.batch, -1, -1)
-    return torch.baddbmm(bias[:, None], factor, operand.flatten(2)).unflatten(2, read.size)
+    return _image(functional.linear(_rows(operand), weight.flatten(1), bias), read)
 
 
 def _by_runs(x: Tensor, weight: Tensor, bias: Tensor, read: ConvRead) -> Tensor:

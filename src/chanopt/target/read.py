@@ -89,17 +89,13 @@ class ConvRead:
         """The realizations that this conv has on a device, the plain one first."""
         single = len(self.runs) == 1
         yield Realization.VIEW if single else Realization.GATHER
-        if self.is_pointwise and not self.is_whole and device == "cpu" and compiler == "eager":
-            yield from self._products(single)
+        if self.is_pointwise and self.channels_last and not self.is_whole and device == "cpu" and compiler == "eager":
+            yield Realization.GEMM
+            if 1 < len(self.runs) <= MOST_RUNS:
+                yield Realization.RUNS
         if not single and self.span < self.stored:
             yield Realization.COVER
         if not self.is_whole:
             yield Realization.DENSE
         if device == "cuda" and self.channels_last and not self.is_whole and self.has_kernel:
             yield Realization.FUSED
-
-    def _products(self, single: bool) -> Iterator[Realization]:
-        if self.channels_last or (self.batch > 1 and single):
-            yield Realization.GEMM
-        if self.channels_last and 1 < len(self.runs) <= MOST_RUNS:
-            yield Realization.RUNS
