@@ -266,16 +266,23 @@ def readers(name: str, convs: dict[str, nn.Conv2d]) -> list[str]:
     return [n for n in convs if rules[name](n)]
 
 
+def laid_out() -> tuple[Any, ...]:
+    """The default pipeline without the choice of how convs read: here every way is timed."""
+    from chanopt.passes import DEFAULT, AlignChannels, RealizeReads
+
+    return tuple(step for step in DEFAULT if not isinstance(step, AlignChannels | RealizeReads))
+
+
 def variants(name: str, resolution: int) -> dict[str, fx.GraphModule]:
     """A network's variants as modules; one that the peer cannot make is left out."""
     import chanopt
     from benchmarks import peers, zoo
     from chanopt.errors import ChanoptError
-    from chanopt.passes import DEFAULT, FoldAffine, OrderChannels
+    from chanopt.passes import FoldAffine, OrderChannels
 
     x = (torch.randn(2, 3, resolution, resolution),)
     model = masked(name)
-    plain = tuple(step for step in DEFAULT if not isinstance(step, OrderChannels))
+    plain = tuple(step for step in laid_out() if not isinstance(step, OrderChannels))
     made: dict[str, Any] = {
         "dense": chanopt.optimize(zoo.build(name), x, pipeline=plain),
         "naive": chanopt.optimize(model, x, pipeline=plain),
@@ -285,7 +292,7 @@ def variants(name: str, resolution: int) -> dict[str, fx.GraphModule]:
         made["upscale"] = chanopt.optimize(exported, x, pipeline=(FoldAffine(),))
     except (peers.PeerError, ImportError, ChanoptError) as error:
         print(f"{name}: no UPSCALE variant: {error}", file=sys.stderr)
-    ours: Any = chanopt.optimize(model, x, target="cuda")
+    ours: Any = chanopt.optimize(model, x, target="cuda", pipeline=laid_out())
     propagate(ours, x)
     print(f"{name}: {fuse(ours)} convs fused with their gather or prologue")
     return made | {"chanopt": ours}

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is published for Linux only")
 
 import chanopt
 from benchmarks import gpu, gpu_plans
-from benchmarks.gpu_plans import MODELS, PLANS, VARIANTS, dump, fuse, load, plan_path, propagate
+from benchmarks.gpu_plans import MODELS, PLANS, VARIANTS, dump, fuse, laid_out, load, plan_path, propagate
 
 ROOT = Path(__file__).parents[2]
 OPS = torch.ops.chanopt
@@ -60,7 +60,7 @@ def image(batch: int = 2) -> Tensor:
 
 
 def slim() -> fx.GraphModule:
-    module = chanopt.optimize(net(), (image(),), target="cuda")
+    module = chanopt.optimize(net(), (image(),), target="cuda", pipeline=laid_out())
     assert isinstance(module, fx.GraphModule)
     return module
 
@@ -104,7 +104,7 @@ def test_fusing_leaves_what_no_kernel_covers() -> None:
         model.first.weight[3] = 0
         model.first.bias[3] = 0
         model.second.weight[:, 3] = 0
-    module = chanopt.optimize(model, (image(),), target="cuda")
+    module = chanopt.optimize(model, (image(),), target="cuda", pipeline=laid_out())
     assert isinstance(module, fx.GraphModule)
     propagate(module, (image(),))
     fuse(module)
