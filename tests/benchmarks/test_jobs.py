@@ -64,3 +64,16 @@ def test_a_job_that_died_is_run_again_as_a_whole(script: str, tmp_path: Path) ->
 def test_lists_are_written_a_line_each(tmp_path: Path) -> None:
     jobs.write(tmp_path / "out.json", [{"a": 1}, {"b": 2}])
     assert (tmp_path / "out.json").read_text() == '[\n{"a": 1},\n{"b": 2}\n]\n'
+
+
+def test_processes_keep_the_memory_of_large_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or page faults would decide what is fast; what the user has set goes before."""
+    (tmp_path / "telling.py").write_text(
+        "import json, os\nprint(json.dumps({'status': 'ok', 'kept': os.environ['MALLOC_MMAP_THRESHOLD_']}))\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for own in (None, "4096"):
+        if own:
+            monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", own)
+        (line,) = jobs.run([Job("a", ("telling",))], tmp_path / "out.jsonl")
+        assert line["kept"] == (own or str(1 << 30))
