@@ -12,7 +12,7 @@ from chanopt.analysis.demand import Mask
 from chanopt.analysis.widening import Lives, can_make, widened
 from chanopt.ir import IndexMap, Layout, Op, Program
 from chanopt.pass_infra import Pass
-from chanopt.target import Target
+from chanopt.target import GROUP, Target
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class AlignChannels(Pass):
         %a {0:5} = mix conv(%x{0:3})          %a {0:8} = mix conv(%x{0:3})
     """
 
-    multiple: int = 8
+    multiple: int = GROUP
 
     name: ClassVar[str] = "align_channels"
 
     def apply(self, program: Program) -> Program:
         """Round value after value, results before what they are made of."""
-        if Target.parse(program.target).device != "cuda" or not program.channels_last:
+        if not Target.parse(program.target).fuses(channels_last=program.channels_last):
             return program
         makers = {op.result: op for op in program.ops}
         live: Lives = {name: value.layout.live for name, value in program.values.items() if value.layout is not None}
@@ -65,5 +65,4 @@ class AlignChannels(Pass):
             return IndexMap(np.concatenate([before, np.setdiff1d(np.flatnonzero(mask), before)]))
 
         grown = widened(program, makers, live, op.result, IndexMap(spare[:missing]), behind)
-        fits = grown is not None and len(grown[op.result]) % self.multiple == 0
-        return grown if fits and grown is not None else live
+        return live if grown is None or len(grown[op.result]) % self.multiple else grown

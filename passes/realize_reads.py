@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import ClassVar
 
 import torch
 
-from chanopt.analysis.convs import geometry
+from chanopt.analysis.convs import image_conv
 from chanopt.analysis.weights import weight_param
-from chanopt.ir import Access, How, IndexMap, Kind, Op, Param, Program, Read, physical_read
+from chanopt.ir import How, IndexMap, Op, Param, Program, Read, physical_read
 from chanopt.pass_infra import Pass, PassResult
-from chanopt.target import ConvRead, Measured, Realization, Target
+from chanopt.target import ConvRead, Realization, Target
 
 READS = "reads"
 """Key of this pass's notes: a tuple of :class:`Realized`."""
@@ -48,7 +49,7 @@ class RealizeReads(Pass):
            where the device would copy the range before a conv;
         2. on a GPU, channels last, a conv becomes ``chanopt::gather_conv2d``, which gathers while it loads;
         3. where copying costs more than multiplying with zeros, the read is widened to the shortest range that covers
-           it, or to all of the tensor, with zero columns in the weight: nothing gets slower than it was.
+           it, or to all of the tensor, with zero columns in the weight (on a CPU only where costs are measured).
 
     Ties, and gains below ``margin``, leave the plain way: a view of a range, or a gather.
 
@@ -67,16 +68,15 @@ class RealizeReads(Pass):
     def apply(self, program: Program) -> PassResult:
         """Decide conv by conv; a gather that several share is divided among them."""
         target = replace(Target.parse(program.target), cost=program.costs)
-        found = {op.result: read for op in program.ops if (read := self._read(op, program)) is not None}
-        shared = Counter(_positions(op, program) for op in program.ops if op.result in found)
+        found = {op.result: read for op in program.ops if (read := _read(op, program)) is not None}
+        target.prepare(list(found.values()))
+        shared = Counter(_place(op, found) for op in program.ops if op.result in found)
         ops: list[Op] = []
         weights: dict[str, torch.Tensor] = {}
         notes: list[Realized] = []
-        if isinstance(target.cost, Measured):
-            target.cost.prepare(list(found.values()))
         for op in program.ops:
             if op.result in found:
-                read = replace(found[op.result], sharing=shared[_positions(op, program)])
+                read = replace(found[op.result], sharing=shared[_place(op, found)])
                 chosen = self._chosen(op, read, target)
                 notes.append(chosen)
                 op = _realized(op, chosen.way, program, weights)
@@ -84,24 +84,6 @@ class RealizeReads(Pass):
         changed = any(new is not old for new, old in zip(ops, program.ops, strict=True))
         after = program.evolve(ops=ops, weights=weights) if changed else program
         return PassResult(after, changed, notes={READS: tuple(notes)})
-
-    def _read(self, op: Op, program: Program) -> ConvRead | None:
-        """The conv of an op, if it reads less than a whole tensor and has more than one way to."""
-        if op.kind is not Kind.MIX or not op.linear or op.how is not How.OWN or op.reads[0].access is not Access.SET:
-            return None
-        shape = geometry(op, program)
-        if shape is None:
-            return None
-        operand = program.values[op.reads[0].value]
-        positions = physical_read(op, op.reads[0], program).positions
-        weight = program.weights[weight_param(op).name]
-        made = len(program.values[op.result].live)
-        runs = tuple(positions.runs())
-        if not runs or not made or len(positions) == len(operand.live):
-            return None
-        return ConvRead(
-            len(operand.live), runs, made, *shape, program.batch, weight.element_size(), program.channels_last
-        )
 
     def _chosen(self, op: Op, read: ConvRead, target: Target) -> Realized:
         costs = {way: target.seconds(read, way) for way in target.ways(read)}
@@ -111,8 +93,24 @@ class RealizeReads(Pass):
         return Realized(op.result, op.label(), best if gains else plain, costs)
 
 
-def _positions(op: Op, program: Program) -> tuple[str, IndexMap]:
-    return op.reads[0].value, physical_read(op, op.reads[0], program).positions
+def _read(op: Op, program: Program) -> ConvRead | None:
+    """The conv of an op, if it reads a part of a tensor; None if it reads all, or is another op."""
+    window = image_conv(op, program)
+    if window is None or op.how is not How.OWN:
+        return None
+    value = op.reads[0].value
+    stored, made = len(program.values[value].live), len(program.values[op.result].live)
+    positions = physical_read(op, op.reads[0], program).positions
+    if not made or len(positions) in (0, stored):
+        return None
+    itemsize = program.weights[weight_param(op).name].element_size()
+    shape = (window.kernel, window.stride, window.padding, window.dilation, program.traced(value)[2:])
+    return ConvRead(stored, tuple(positions.runs()), made, *shape, program.batch, itemsize, program.channels_last)
+
+
+def _place(op: Op, found: Mapping[str, ConvRead]) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Which positions of which value an op reads: equal for two that can share a gather."""
+    return op.reads[0].value, found[op.result].runs
 
 
 def _realized(op: Op, way: Realization, program: Program, weights: dict[str, torch.Tensor]) -> Op:
@@ -132,15 +130,10 @@ def _widened(op: Op, way: Realization, program: Program, weights: dict[str, torc
     assert param.inn is not None  # the weight of a mix
     unread = torch.ones(tensor.shape[param.inn], dtype=torch.bool, device=tensor.device)
     unread[torch.from_numpy(read.index.array.copy()).to(tensor.device)] = False
-    name = f"{param.name}_covering" if param.name in _shared(program) else param.name
-    while name in weights:
-        name += "_"
+    name = param.name
+    if sum(other.name == name for user in program.ops for other in user.params) > 1:  # the others keep theirs
+        taken = {*program.weights, *weights}
+        name = next(new for number in count() if (new := f"{name}_covering{number or ''}") not in taken)
     weights[name] = tensor.detach().index_fill(param.inn, unread.nonzero().flatten(), 0)
     new: dict[int, Read | Param] = {id(read): replace(read, index=wide), id(param): replace(param, name=name)}
     return op.map_args(lambda arg: new.get(id(arg), arg))
-
-
-def _shared(program: Program) -> set[str]:
-    """Parameters that several ops have."""
-    counts = Counter(param.name for op in program.ops for param in op.params)
-    return {name for name, count in counts.items() if count > 1}

@@ -20,10 +20,10 @@ from torch.utils import _pytree as pytree
 
 from chanopt.frontend import RULES, Captured, capture, lower_captured
 from chanopt.ir import Program, parse
+from chanopt.kernels import GROUP
 from chanopt.pass_infra import checked
 from chanopt.passes import DEFAULT
 from chanopt.target import ConvRead, Realization
-from chanopt.target.read import GROUP
 from tests.support.equal import difference, named_outputs
 from tests.support.masks import MODES, Mode, Side, mask_randomly
 from tests.support.micro import MICRO

@@ -31,12 +31,13 @@ def prefer(*wanted: Realization) -> Callable[[ConvRead, Realization], float]:
     return lambda _, way: 0.0 if way in wanted else 1.0
 
 
-def readers(kernel: int = 1) -> nn.Module:
+def readers(kernel: int = 1, padding: int | str | None = None) -> nn.Module:
     """A stream of 24 channels with three readers, of which no order serves all."""
+    padding = kernel // 2 if padding is None else padding
     net = Net(
         lambda n, x: _all(n.a(x).relu(), n.b, n.c, n.d),
         a=conv(3, 24, 3),
-        **{name: nn.Conv2d(24, 8, kernel, padding=kernel // 2) for name in ("b", "c", "d")},
+        **{name: nn.Conv2d(24, 8, kernel, padding=padding) for name in ("b", "c", "d")},
     )
     net = randomise(net).eval()
     for number, reader in enumerate((net.b, net.c, net.d)):
@@ -262,3 +263,37 @@ def test_a_concat_that_lost_an_operand_is_not_asked_for_its_channels() -> None:
     fast, program = run(net, x, Target("cuda"))
     torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
     assert {op.label() for op in program.ops if op.linear} == {"b", "d"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "padding", "fused"), [(3, "same", 3), (2, "same", 0), (3, "valid", 3), (1, "same", 3)]
+)
+def test_padding_in_words(kernel: int, padding: str, fused: int) -> None:
+    """A kernel of two has more zeros behind than in front, which the operator cannot."""
+    net, x = readers(kernel, padding), torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    fast, program = run(net, x, Target("cuda", cost=prefer(R.FUSED)))
+    assert ways(program)[How.FUSED] == fused
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_under_inductor_a_gpu_gathers_in_blocks_too() -> None:
+    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    for compiler in ("eager", "inductor"):
+        report = chanopt.explain(run(readers(), x, Target("cuda", compiler))[0])
+        grains = {reader.name: reader.grain for segment in report.segments for reader in segment.instance.readers}
+        assert [grains[name] for name in "bcd"] == [16, 16, 16]
+
+
+def test_a_widened_weight_takes_no_others_name() -> None:
+    net = Net(
+        lambda n, x: torch.cat([_all(n.a(x).relu(), n.b), n.b(n.e(x).relu()) * n.b.weight_covering.sum()], 1),
+        a=conv(3, 24, 3),
+        e=conv(3, 24, 3),
+        b=conv(24, 8),
+    )
+    net = randomise(net).eval()
+    kill(net.b, inputs=range(0, 24, 2))
+    net.b.weight_covering = nn.Parameter(torch.full((2,), 3.0))
+    net, x = net.double(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    fast, _ = run(net, x, Target("cpu", cost=prefer(R.DENSE)))
+    assert_same_function(net, fast, (x,))

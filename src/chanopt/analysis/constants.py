@@ -130,7 +130,7 @@ class _Forwards:
         if value.dtype == "int":
             hint = self.dialect.hints[value.name]
             return torch.tensor(max(1, hint // 2) if smaller else hint)
-        sizes = [size if isinstance(size, int) else self.dialect.hints[size] for size in value.shape]
+        sizes = list(self.program.traced(value.name))
         if smaller:
             sizes = [size if axis == value.axis else max(1, size // 2) for axis, size in enumerate(sizes)]
         dtype = getattr(torch, value.dtype)

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field, replace
 import networkx as nx
 import numpy as np
 
-from chanopt.analysis.convs import geometry
+from chanopt.analysis.convs import image_conv
 from chanopt.analysis.demand import Demand
 from chanopt.analysis.labels import Labelling, Labels, is_rigid, unique_in_order
 from chanopt.ir import Access, IndexMap, Kind, Op, Program, Read, flow_back
 from chanopt.solve import Block, Edge, Instance, Pin, Preference, Reader
-from chanopt.target.read import SECTOR
+from chanopt.target import SECTOR, Target
 
 Place = tuple[str, int]
 """A read: (op result, operand position); the sink's result is ""."""
@@ -176,12 +176,17 @@ class OrderGraph:
         ordered = read.access is not Access.SET or op.kind is Kind.GROUPED
         if not self._in_whole_blocks(read.value, taken):
             return  # half a block is never a range: such a read gathers whatever the order
-        if reads_blocks(op, self.program):
+        if self._gathers_while_loading(op):
             block = SECTOR * operand.channel_bytes
             self.wishes[node].append(Wish(op.label(), wanted, block, place, grain=SECTOR))
             return
         weight = len(taken) * operand.channel_bytes
         self.wishes[node].append(Wish(op.label(), wanted, weight, place, ordered))
+
+    def _gathers_while_loading(self, op: Op) -> bool:
+        """Whether the blocks that a conv touches count, and not the ranges that it reads (chanopt.target)."""
+        fuses = Target.parse(self.program.target).fuses(channels_last=self.program.channels_last)
+        return fuses and image_conv(op, self.program) is not None
 
     def _taken(self, op: Op, read: Read) -> IndexMap:
         if read.access is Access.ALL:
@@ -384,12 +389,6 @@ class OrderGraph:
         size = self.program.values[nodes[0]].channel_bytes
         nodes_, producers_, consumers_ = tuple(nodes), tuple(producers), tuple(consumers)
         return Segment(name, instance, _wider(instance), labels, nodes_, places, producers_, consumers_, size)
-
-
-def reads_blocks(op: Op, program: Program) -> bool:
-    """Whether a conv can gather while it loads (``chanopt::gather_conv2d``): the blocks that it touches count then."""
-    fused = program.target == "cuda" and program.channels_last
-    return fused and op.kind is Kind.MIX and geometry(op, program) is not None
 
 
 def _wider(instance: Instance) -> Instance | None:

@@ -28,16 +28,14 @@ from chanopt.ir import (
     PhysicalRead,
     Program,
     Read,
+    Window,
     physical_read,
     physical_reads,
 )
-from chanopt.kernels import pack
+from chanopt.kernels import GROUP, pack
 
 aten = torch.ops.aten
 Numbers = npt.NDArray[np.float64]
-
-GROUP = 8
-"""Channels that a fused conv gathers at once: 16 bytes of float16 (docs/kernels.md)."""
 
 
 def resolve(target: str) -> Callable[..., Any]:
@@ -124,6 +122,31 @@ class AtenDialect:
         operands = [_per_channel(arg, channels, program) for arg in op.args[1:]]
         made = rule(operands, dict(op.kwargs))
         return None if made is None else (np.broadcast_to(made[0], channels), np.broadcast_to(made[1], channels))
+
+    def window(self, op: Op, program: Program) -> Window | None:
+        """How a conv moves over its operand; None for another op."""
+        return _window(op, program)
+
+
+def _window(op: Op, program: Program) -> Window | None:
+    if not op.target.startswith("aten.conv"):
+        return None
+    weight = op.args[1]
+    kernel = tuple(program.weights[weight.name].shape[2:])
+    transposed = op.target.startswith("aten.conv_transpose")
+    stride, padding, dilation = op.args[3], op.args[4], _each(op.args[7 if transposed else 5], kernel)
+    if padding == "same":
+        extra = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+        half = tuple(total // 2 for total in extra)
+        return Window(kernel, _each(stride, kernel), half, dilation, any(total % 2 for total in extra))
+    sides = _each(0 if padding == "valid" else padding, kernel)
+    return Window(kernel, _each(stride, kernel), sides, dilation, transposed=transposed)
+
+
+def _each(given: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """A number for each dimension, of one for all or of one for each."""
+    numbers = tuple(given) if isinstance(given, tuple) else (given,)
+    return numbers * len(kernel) if len(numbers) == 1 else numbers
 
 
 def _logical_operand(read: Read, program: Program, operands: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -323,7 +346,9 @@ class _Emitter:
         wide = self.register(weight.name, packed.weight, buffer=weight.buffer, key=(key, positions))
         groups = self.register(f"{read.value}_groups", packed.groups, buffer=True, key=(positions, GROUP))
         operands = (self.nodes[read.value], wide, None if bias is None else self.param(op, bias), groups, GROUP)
-        sizes = [list(item) if isinstance(item, tuple) else item for item in op.args[3:6]]
+        window = _window(op, self.program)
+        assert window is not None  # a conv
+        sizes = [list(window.stride), list(window.padding), list(window.dilation)]
         call = torch.ops.chanopt.gather_conv2d.default
         return self.graph.create_node("call_function", call, (*operands, *sizes), {}, op.result)
 

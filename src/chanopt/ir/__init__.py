@@ -15,6 +15,7 @@ from chanopt.ir.program import (
     Read,
     Refusal,
     Value,
+    Window,
     leaves,
     map_leaves,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Read",
     "Refusal",
     "Value",
+    "Window",
     "flow_back",
     "leaves",
     "logical_read",

@@ -225,6 +225,25 @@ class Interface:
     arguments: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How a conv moves over its operand, a number for each of its dimensions.
+
+    Attributes:
+        kernel, stride, dilation: of the conv.
+        padding: zeros on each side; where it is asked for so much that the size stays ("same"), on the first.
+        lopsided: whether the last side of some dimension has one more.
+        transposed: whether it is the operand that is spread over the result.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    lopsided: bool = False
+    transposed: bool = False
+
+
 class Dialect(Protocol):
     """What a program's targets mean. The frontend attaches one; the IR itself knows no operator."""
 
@@ -255,6 +274,10 @@ class Dialect(Protocol):
 
     def affine(self, op: Op, program: Program) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None:
         """(scale, shift) if the op is ``x * scale + shift`` per channel of its one read; float64, shape (channels,)."""
+        ...
+
+    def window(self, op: Op, program: Program) -> Window | None:
+        """How a conv, also a transposed one, moves over its operand; None for another op."""
         ...
 
 
@@ -318,6 +341,11 @@ class Program:
     def bind(self, like: Program) -> Program:
         """The same program with the weights and the dialect of another, e.g. after parsing its text."""
         return replace(self, weights=like.weights, dialect=like.dialect)
+
+    def traced(self, value: str) -> tuple[int, ...]:
+        """The sizes that a value had when the model was traced; 1 for a symbolic one of which that is not known."""
+        hints = self.dialect.hints if self.dialect is not None else {}
+        return tuple(hints.get(s, 1) if isinstance(s, str) else s for s in self.values[value].shape)
 
     def producer(self, value: str) -> Op:
         """The op that makes a value."""

@@ -8,10 +8,11 @@ from chanopt.kernels.call import ACTIVATIONS, Call, KernelError
 from chanopt.kernels.configs import Config, candidates, heuristic
 from chanopt.kernels.op import gather_conv2d
 from chanopt.kernels.problem import Covered, Kind, Problem, Reason, coverage
-from chanopt.kernels.tables import Packed, pack, pack_depthwise, round_out, rounded
+from chanopt.kernels.tables import GROUP, Packed, pack, pack_depthwise, round_out, rounded
 
 __all__ = [
     "ACTIVATIONS",
+    "GROUP",
     "Call",
     "Config",
     "Covered",

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from chanopt.kernels.call import KernelError
 
+GROUP = 8
+"""Channels that a channels-last kernel loads at once: 16 bytes of float16 (float32 could do with 4)."""
 # A channels-last kernel reads its gathered channels in blocks of so many: their number is rounded up to a multiple.
 BLOCK = 32
 # Rounding to twice the block lets larger tiles be used; taken where it adds no more than an eighth.

@@ -22,7 +22,7 @@ from torch import nn
 from chanopt.analysis.weights import weight_param
 from chanopt.api import Captured, lower
 from chanopt.errors import ChanoptError
-from chanopt.ir import Access, Kind, Op, Param, Program, Read
+from chanopt.ir import Access, Kind, Op, Param, Program, Read, Window
 
 Numbers = npt.NDArray[np.int64]
 Channels = tuple["int | None", ...]
@@ -485,20 +485,19 @@ def layer_of(name: str, ops: list[Op], program: Program, norm: str = "") -> Laye
     """
     op = ops[0]
     kind = op.target.split(".")[1]
-    shape = program.weights[op.args[1].name].shape
-    spatial = kind != "linear"
     inputs, outputs, groups = _sizes(op, program)
-    stride, padding, dilation = _geometry(op, tuple(shape[2:])) if spatial else ((), (), ())
+    assert program.dialect is not None  # of a lowered model
+    window = program.dialect.window(op, program) or Window((), (), (), ())
     return Layer(
         name,
         kind,
         inputs,
         outputs,
         groups,
-        tuple(shape[2:]),
-        stride,
-        padding,
-        dilation,
+        window.kernel,
+        window.stride,
+        window.padding,
+        window.dilation,
         isinstance(op.args[2], Param),
         sum(_positions(use, program) for use in ops),
         _others(op.reads[0].value, program),
@@ -519,36 +518,16 @@ def _sizes(op: Op, program: Program) -> tuple[int, int, int]:
     return (first, second * groups, groups) if transposed else (second * groups, first, groups)
 
 
-def _geometry(op: Op, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Stride, padding and dilation, one number a dimension."""
-    dims = len(kernel)
-    dilation = _full(op.args[7] if op.target.startswith("aten.conv_transpose") else op.args[5], dims)
-    padding = op.args[4]
-    if padding == "same":
-        padding = tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
-    return _full(op.args[3], dims), _full(0 if padding == "valid" else padding, dims), dilation
-
-
-def _full(item: Any, dims: int) -> tuple[int, ...]:
-    numbers = tuple(int(n) for n in item) if isinstance(item, list | tuple) else (int(item),)
-    return numbers * dims if len(numbers) == 1 else numbers
-
-
 def _positions(op: Op, program: Program) -> int:
     transposed = op.target.startswith("aten.conv_transpose")
     value = program.values[op.reads[0].value if transposed else op.result]
     if value.layout is not None:
         return value.channel_bytes // getattr(torch, value.dtype).itemsize // max(1, program.batch)
     inputs, outputs, _ = _sizes(op, program)
-    return prod(_full_sizes(value.name, program)) // (inputs if transposed else outputs) // max(1, program.batch)
+    return prod(program.traced(value.name)) // (inputs if transposed else outputs) // max(1, program.batch)
 
 
 def _others(name: str, program: Program) -> tuple[int, ...]:
     """Sizes of the axes that are neither the channels nor, in front, the batch."""
     axis = program.values[name].axis
-    return tuple(size for place, size in enumerate(_full_sizes(name, program)) if place not in (0, axis))
-
-
-def _full_sizes(name: str, program: Program) -> list[int]:
-    hints = program.dialect.hints if program.dialect is not None else {}
-    return [size if isinstance(size, int) else hints.get(size, 1) for size in program.values[name].shape]
+    return tuple(size for place, size in enumerate(program.traced(name)) if place not in (0, axis))

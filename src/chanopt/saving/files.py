@@ -211,10 +211,8 @@ def _example(op: Op, program: Program, module: fx.GraphModule) -> torch.Tensor |
     value = program.values[op.result]
     if value.dtype == "object":
         return None  # a constant of the example call: it is in the graph, and its input is not read
-    hints = program.dialect.hints if program.dialect is not None else {}
-    sizes = [size if isinstance(size, int) else hints[size] for size in value.shape]
     floating = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
-    tensor = torch.zeros(sizes, dtype=getattr(torch, value.dtype))
+    tensor = torch.zeros(program.traced(value.name), dtype=getattr(torch, value.dtype))
     if floating:  # the module may have been moved, or made half as wide, since
         dtype = floating[0].dtype if tensor.is_floating_point() else tensor.dtype
         tensor = tensor.to(floating[0].device, dtype)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chanopt.target.read import GROUP, SECTOR, ConvRead
+from chanopt.kernels import GROUP
+from chanopt.target.read import SECTOR, ConvRead
 from chanopt.target.realization import Realization
 
 

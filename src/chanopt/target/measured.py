@@ -17,8 +17,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from chanopt import disk_cache
-from chanopt.kernels import gather_conv2d, rounded
-from chanopt.target.read import GROUP, ConvRead
+from chanopt.kernels import GROUP, gather_conv2d, rounded
+from chanopt.target.read import ConvRead
 from chanopt.target.realization import Realization
 
 _KEY = "costs"

@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from chanopt.kernels import GROUP
 from chanopt.target.realization import Realization
 
-GROUP = 8
-"""Channels that a channels-last kernel loads at once (16 bytes of float16)."""
 SECTOR = 16
-"""Channels whose memory moves together there (32 bytes of float16)."""
+"""Channels whose memory moves together on a GPU (32 bytes of float16)."""
 MOST_RUNS = 4
 """More ranges than this are never multiplied one by one."""
+
+
+def fuses(device: str, *, channels_last: bool) -> bool:
+    """Whether convs can gather while they load (``chanopt::gather_conv2d``): groups and blocks count there."""
+    return device == "cuda" and channels_last
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,5 +101,5 @@ class ConvRead:
             yield Realization.COVER
         if not self.is_whole:
             yield Realization.DENSE
-        if device == "cuda" and self.channels_last and not self.is_whole and self.has_kernel:
+        if fuses(device, channels_last=self.channels_last) and not self.is_whole and self.has_kernel:
             yield Realization.FUSED

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from chanopt.errors import ChanoptError
 from chanopt.target import analytic
-from chanopt.target.read import ConvRead
+from chanopt.target.read import ConvRead, fuses
 from chanopt.target.realization import Realization
 
 Cost = Callable[[ConvRead, Realization], float]
@@ -31,6 +31,7 @@ class Target:
         compiler: "eager", or "inductor" where the result goes through torch.compile, which lays convs out itself.
         cost: seconds of a conv by the way it reads; None for the analytic model
             (:func:`chanopt.target.analytic.seconds`), :class:`chanopt.target.Measured` for this machine's own times.
+            If it has a method ``prepare``, that is called with all convs of a model before the first is asked for.
 
     Raises:
         ChanoptError: there is no such device or compiler.
@@ -54,6 +55,10 @@ class Target:
         known = device if device in DEVICES else "other"
         return replace(self, device=known) if self.device == "auto" else self
 
+    def fuses(self, *, channels_last: bool) -> bool:
+        """Whether convs can gather while they load: the blocks of channels that they touch count then."""
+        return fuses(self.device, channels_last=channels_last)
+
     def ways(self, read: ConvRead) -> list[Realization]:
         """The realizations to choose from, the plain one first.
 
@@ -63,6 +68,10 @@ class Target:
         wide = self.device != "cpu" or self.cost is not None
         found = read.ways(self.device, self.compiler)
         return [way for way in found if wide or way not in (Realization.COVER, Realization.DENSE)]
+
+    def prepare(self, reads: Sequence[ConvRead]) -> None:
+        """Tell the cost which convs will be asked for, so that it can measure them together."""
+        getattr(self.cost, "prepare", lambda _: None)(reads)
 
     def seconds(self, read: ConvRead, way: Realization) -> float:
         """What a conv costs if it reads in one of its ways."""
