@@ -70,12 +70,14 @@ def copies_part(rows: Rows) -> list[str]:
     half = [row for row in rows if row["side"] == "input" and row["amount"] == 0.5]
     return [
         f"One image in float32, {told}. *naive* gathers in front of every masked layer; *greedy* is UPSCALE's order as "
-        "we implement it, *UPSCALE* the exporter itself (a dash: it raises). Sums are over the networks that UPSCALE "
+        "we implement it, *UPSCALE* the exporter itself (a dash: it raises). Both plans cut what no layer reads; they "
+        "see no masked outputs, and copy where the model shuffles channels. Sums are over the networks that UPSCALE "
         "runs, in megabytes; *fewer*, *as many* and *more* compare chanopt's bytes with the greedy order's.",
         table(_COPY_HEADS, [_copy_totals(rows, *setting) for setting in _settings(rows)]),
         "Every network with half of the input channels of each layer masked:",
         table(NETWORK_HEADS, map(network_line, half)),
-        "Rows that differ from the survey of UPSCALE's exporter, or in which chanopt copies more than another:",
+        "Rows that differ from the survey of UPSCALE's exporter, or in which chanopt copies more than another that "
+        "cuts anything:",
         *([f"- {_setting(row)}: {'; '.join(found)}" for row, found in wrong] or ["None."]),
     ]
 

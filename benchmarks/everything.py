@@ -45,8 +45,7 @@ def solver_jobs(*, smoke: bool) -> list[jobs.Job]:
     """What is ordered: every family, and the corpus."""
     if smoke:
         return [solver.job("independent", _SMOKE_SIZES, [0], 2.0), solver.job("chain", _SMOKE_SIZES, [0], 2.0)]
-    families = (*solver.FAMILIES, *solver.GRAINED, "corpus")
-    return [solver.job(family, solver.SIZES, solver.SEEDS, 5.0) for family in families]
+    return [solver.job(family, solver.SIZES, solver.SEEDS, 5.0) for family in solver.NAMES]
 
 
 def scale_jobs(*, smoke: bool) -> list[jobs.Job]:

@@ -281,12 +281,13 @@ def size(text: str) -> tuple[int, int]:
     return int(channels), int(readers)
 
 
-_NAMES = [*FAMILIES, *GRAINED, "corpus"]
+NAMES = [*FAMILIES, *GRAINED, "corpus"]
+"""What `--families` takes."""
 
 
 def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
-    made.add_argument("--families", nargs="+", choices=_NAMES, default=_NAMES)
+    made.add_argument("--families", nargs="+", choices=NAMES, default=NAMES)
     made.add_argument("--sizes", nargs="+", type=size, metavar="CHANNELSxREADERS", default=SIZES)
     made.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     made.add_argument("--time-limit", type=float, default=5.0, metavar="SECONDS", help="for one instance")

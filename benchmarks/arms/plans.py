@@ -20,7 +20,7 @@ from benchmarks.arms.base import Copies
 from benchmarks.arms.greedy import greedy_order
 from chanopt.analysis.labels import Labelling, is_rigid, label
 from chanopt.analysis.weights import matrix, used
-from chanopt.ir import Access, Form, IndexMap, Kind, Layout, Op, Program, Read, physical_read
+from chanopt.ir import Access, Form, IndexMap, Kind, Layout, Op, Program, Read, physical_read, physical_reads
 
 Labels = npt.NDArray[np.int64]
 Order = Callable[["Group"], list[int]]
@@ -204,21 +204,29 @@ class Flow:
         return op.map_args(lambda arg: replace(arg, index=sets[op.result]) if arg is first else arg)
 
 
-def naive_copies(flow: Flow) -> Copies:
-    """The copies of the naive export: every masked consumer gathers, even a range (UPSCALE's baseline export)."""
-    return sum((_copied(consumer) for consumer in flow.consumers.values() if consumer.masked), Copies())
+def naive_copies(flow: Flow, program: Program | None = None) -> Copies:
+    """The copies of the naive export: every masked consumer gathers, even a range (UPSCALE's baseline export).
+
+    Args:
+        flow: the masked network.
+        program: it in the natural order, if that is at hand.
+    """
+    own = (_copied(consumer) for consumer in flow.consumers.values() if consumer.masked)
+    return sum(own, _other_copies(flow, program or flow.laid_out()))
 
 
 def naive(flow: Flow) -> tuple[nn.Module, Copies]:
     """The naive export, channels in their natural order."""
     masked = {name: consumer for name, consumer in flow.consumers.items() if consumer.masked}
-    return _with_own_gathers(flow.laid_out(), masked, always=True), naive_copies(flow)
+    program = flow.laid_out()
+    return _with_own_gathers(program, masked, always=True), naive_copies(flow, program)
 
 
 def greedy_copies(flow: Flow) -> tuple[Program, Copies]:
-    """The program in the greedy order, and its copies: one per consumer whose channels are no range."""
+    """The program in the greedy order, and its copies: one per consumer whose channels are no range, and shuffles."""
     program = flow.laid_out(_greedy)
-    return program, sum((_copied(consumer) for consumer in _paying(flow, program).values()), Copies())
+    own = (_copied(consumer) for consumer in _paying(flow, program).values())
+    return program, sum(own, _other_copies(flow, program))
 
 
 def greedy(flow: Flow) -> tuple[nn.Module, Copies]:
@@ -232,6 +240,17 @@ def _paying(flow: Flow, program: Program) -> dict[str, Consumer]:
     return {
         op.result: consumer for op, consumer in consumers if physical_read(op, op.reads[0], program).form is Form.GATHER
     }
+
+
+def _other_copies(flow: Flow, program: Program) -> Copies:
+    """What is copied though no consumer asks for it: the model's own channel shuffles, which these arms still make."""
+    copies = Copies()
+    for op in program.ops:
+        for read, physical in physical_reads(op, program) if op.result not in flow.consumers else ():
+            if physical.form is Form.GATHER:
+                channels = len(physical.positions)
+                copies += Copies(1, channels, channels * program.values[read.value].channel_bytes)
+    return copies
 
 
 def _copied(consumer: Consumer) -> Copies:

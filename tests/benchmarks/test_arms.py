@@ -190,6 +190,31 @@ def test_plans_go_further_than_the_exporter() -> None:
         assert observe.observe(arm.module, made.inputs).copies == arm.planned
 
 
+class Shuffled(nn.Module):
+    """A channel shuffle between layers: where the order is not free to swallow it, it is a copy of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.last = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        shuffled = y.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2)
+        return self.last((self.left(y) + self.right(shuffled)).relu() + shuffled)
+
+
+def test_shuffles_that_an_arm_still_makes_are_copies() -> None:
+    model = Shuffled().eval().double()
+    mask(model, "input", 0.5)
+    made = Subject(model, (torch.randn(1, 3, 8, 8).double(),))
+    arms = {name: build(name, made) for name in ("naive", "greedy", "chanopt")}
+    for arm in arms.values():
+        assert relative_error(model, arm.module, (torch.randn(2, 3, 8, 8).double(),)) < 1e-12
+        assert observe.observe(arm.module, made.inputs).copies == arm.planned
+    assert arms["chanopt"].planned.bytes < arms["greedy"].planned.bytes
+
+
 @pytest.mark.parametrize(
     "amount", [0.5, pytest.param(0.3, marks=pytest.mark.slow), pytest.param(0.7, marks=pytest.mark.slow)]
 )
