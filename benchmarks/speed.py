@@ -31,6 +31,7 @@ from benchmarks import peers, zoo
 from benchmarks.grid import table
 from benchmarks.masks import Setting, build_masked
 from benchmarks.measure import MAX_ERROR32, relative_error
+from chanopt import clock
 
 MODELS: tuple[str, ...] = (
     *("resnet18", "resnet50", "densenet121", "googlenet"),
@@ -175,19 +176,12 @@ def machine() -> dict[str, str]:
     """What the figures were taken on."""
     names = ("torch", "torchvision", "numpy", "ortools", "apple-upscale")
     return {
-        "processor": _processor(),
+        "processor": clock.processor(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "threads": str(torch.get_num_threads()),
         **{name: version(name) for name in names},
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or "unknown"
 
 
 def markdown(timings: Sequence[Timing], on: dict[str, str], conditions: str) -> str:

@@ -8,7 +8,6 @@ import difflib
 import importlib.util
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch import nn
 from torch.nn.utils import prune
 from tqdm import tqdm
 
-from chanopt import api
+from chanopt import api, clock
 from chanopt.errors import ChanoptError
 from chanopt.report import Report
 from chanopt.report.text import render
@@ -290,13 +289,4 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
 
 def machine() -> str:
     """What the timings are taken on: processor, system, torch."""
-    return f"{_processor()}, {platform.system()} {platform.machine()}, torch {torch.__version__}"
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        if named:
-            return named[0]
-    return platform.processor() or "unknown processor"
+    return f"{clock.processor()}, {platform.system()} {platform.machine()}, torch {torch.__version__}"

@@ -166,3 +166,12 @@ def test_only_the_copy_of_a_shared_gather_is_divided(monkeypatch: pytest.MonkeyP
     measured = Measured("cpu", None, progress=False)
     assert measured(read, R.GATHER) == 5
     assert measured(replace(read, sharing=2), R.GATHER) == 4
+
+
+def test_measured_products_share_the_gather_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = replace(LAST, runs=SCATTERED)
+    monkeypatch.setattr(Measured, "_timed", lambda *_: {"gather": 5.0, "gemm": 4.5, "cover": 6.0, "compact": 3.0})
+    measured = Measured("cpu", None, progress=False)
+    shared = replace(read, sharing=2)
+    assert [measured(shared, way) for way in (R.GATHER, R.GEMM, R.COVER)] == [4, 3.5, 6]
+    assert measured(replace(shared, runs=((0, 32),)), R.GEMM) == 4.5

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
 
+from chanopt import clock
 from chanopt.analysis.figures import figures
 from chanopt.api import Mask
 from chanopt.errors import ChanoptError
 from chanopt.frontend.masks import apply_masks
 from chanopt.ir import IndexMap, Kind, Op, Program, physical_read
 from chanopt.passes import DEFAULT, DropDead, Pass
+from chanopt.pruning.layer_calls import call_of
 from chanopt.pruning.structure import Channels, Layer, Segment, Structure, layer_of, multiplies
 
 __all__ = ["COSTS", "Cost", "Latency", "Left", "emitted", "kept", "lefts", "macs", "of_program", "parameters", "total"]
@@ -72,36 +71,10 @@ class Latency:
         return min(most, -(-count // self.step) * self.step)
 
     def _measure(self, layer: Layer, inputs: int, outputs: int, groups: int) -> float:
-        run = _runner(layer, inputs, outputs, groups, self.batch, self.device)
-        best = float("inf")
+        call = call_of(layer, inputs, outputs, groups, self.batch, device=self.device)
         with torch.no_grad():
-            run()
-            for _ in range(self.repeats):
-                begun = time.perf_counter()
-                run()
-                _wait(self.device)
-                best = min(best, time.perf_counter() - begun)
-        return best
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-def _runner(layer: Layer, inputs: int, outputs: int, groups: int, batch: int, device: str) -> Callable[[], Tensor]:
-    """A call that does what the layer does, on random numbers."""
-    if layer.kind == "linear":
-        x = torch.randn(batch, *layer.input_size, inputs, device=device)
-        dense = torch.randn(outputs, inputs, device=device)
-        return lambda: functional.linear(x, dense)
-    transposed = "transpose" in layer.kind
-    x = torch.randn(batch, inputs, *layer.input_size, device=device)
-    per_group = (inputs, outputs // groups) if transposed else (outputs, inputs // groups)
-    weight = torch.randn(*per_group, *layer.kernel, device=device)
-    op = getattr(functional, layer.kind)
-    options = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": groups}
-    return lambda: op(x, weight, **options)
+            call()
+            return min(clock.seconds(call, self.device) for _ in range(self.repeats))
 
 
 COSTS: Mapping[str, Callable[[], Cost]] = {"macs": lambda: macs, "parameters": lambda: parameters, "latency": Latency}

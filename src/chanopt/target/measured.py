@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from chanopt import disk_cache
+from chanopt import clock, disk_cache
 from chanopt.kernels import GROUP, gather_conv2d, rounded
 from chanopt.target.read import ConvRead
 from chanopt.target.realization import Realization
@@ -66,10 +64,12 @@ class Measured:
         if known is None or way.value not in known:
             self.prepare([read])
             known = self._known[self._key(read)]
-        # One gather serves all that share it.
-        shared = read.sharing if way is Realization.GATHER else 1
         plain = known[way.value]
-        return plain if shared == 1 else plain - (1 - 1 / shared) * max(0.0, plain - known["compact"])
+        if read.sharing == 1 or len(read.runs) == 1 or way not in (Realization.GATHER, Realization.GEMM):
+            return plain
+        # One gather serves all that share it.
+        gather = max(0.0, known[Realization.GATHER.value] - known["compact"])
+        return plain - (1 - 1 / read.sharing) * gather
 
     def prepare(self, reads: Sequence[ConvRead]) -> None:
         """Time what is not known yet, with a progress bar, and keep it."""
@@ -83,9 +83,9 @@ class Measured:
         disk_cache.add(self.path, _KEY, _seconds_by_way, {key: self._known[key] for key in missing})
 
     def _key(self, read: ConvRead) -> str:
-        # What is shared, and where exactly ranges begin, does not change how long anything takes.
+        # What is shared is taken off afterwards.
         fields = asdict(replace(read, sharing=1))
-        return json.dumps([machine(self.device), fields], sort_keys=True)
+        return json.dumps([clock.machine(self.device), fields], sort_keys=True)
 
     def _timed(self, read: ConvRead) -> dict[str, float]:
         calls = calls_of(read, self.device)
@@ -94,33 +94,12 @@ class Measured:
             call()
         for _ in range(self.rounds):
             for name, call in calls.items():
-                taken[name].append(self._seconds(call))
+                taken[name].append(clock.seconds(call, self.device))
         return {name: statistics.median(times) for name, times in taken.items()}
-
-    def _seconds(self, call: Call) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        call()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
 
 
 def _seconds_by_way(entry: Mapping[str, float]) -> dict[str, float]:
     return {str(way): float(seconds) for way, seconds in entry.items()}
-
-
-def machine(device: str) -> dict[str, str | int]:
-    """What timings depend on besides the conv."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} {_processor()}"
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def calls_of(read: ConvRead, device: str) -> Mapping[str, Call]:

@@ -6,31 +6,22 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from tqdm import tqdm
 
+from chanopt import clock
 from chanopt.errors import AllocationError
+from chanopt.pruning.layer_calls import call_of
 from chanopt.pruning.smcp.costs import Key, LatencyTable, key_of
 from chanopt.pruning.structure import Layer
 
 __all__ = ["Machine", "measure_latencies"]
-
-_OPS: dict[int, Callable[..., Tensor]] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
-_TURNED: dict[int, Callable[..., Tensor]] = {
-    1: functional.conv_transpose1d,
-    2: functional.conv_transpose2d,
-    3: functional.conv_transpose3d,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +40,7 @@ class Machine:
 
     def name(self) -> str:
         """What the cached figures hold for: the processor, threads, torch, and how layers are run."""
-        chip = torch.cuda.get_device_name() if self.device == "cuda" else _processor()
-        text = json.dumps(
-            [chip, torch.get_num_threads(), torch.__version__, self.device, self.dtype, self.channels_last]
-        )
+        text = json.dumps([clock.machine(self.device), self.dtype, self.channels_last], sort_keys=True)
         return f"{self.device}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -146,39 +134,20 @@ def _interpolated(grid: Tensor, known: Sequence[int], wanted: Sequence[int]) -> 
 
 def _time(layer: Layer, key: Key, machine: Machine, repeats: int) -> float:
     """Milliseconds of one layer with the key's channels, the median of some runs."""
-    run = _runner(layer, key, machine)
+    run = call_of(
+        layer,
+        key.inputs,
+        key.outputs,
+        key.groups,
+        key.batch,
+        device=machine.device,
+        dtype=getattr(torch, machine.dtype),
+        channels_last=machine.channels_last,
+    )
     with torch.no_grad():
         run()
-        seconds = [_seconds(run, machine) for _ in range(repeats)]
+        seconds = [clock.seconds(run, machine.device) for _ in range(repeats)]
     return statistics.median(seconds) * 1e3
-
-
-def _seconds(run: Callable[[], Tensor], machine: Machine) -> float:
-    if machine.device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if machine.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _runner(layer: Layer, key: Key, machine: Machine) -> Callable[[], Tensor]:
-    made: dict[str, Any] = {"device": machine.device, "dtype": getattr(torch, machine.dtype)}
-    if layer.kind == "linear":
-        x = torch.randn(key.batch, *layer.input_size, key.inputs, **made)
-        linear = nn.Linear(key.inputs, key.outputs, bias=layer.bias, **made)
-        return lambda: linear(x)
-    turned = "transpose" in layer.kind
-    sides = (key.inputs, key.outputs) if turned else (key.outputs, key.inputs // key.groups)
-    x = torch.randn(key.batch, key.inputs, *layer.input_size, **made)
-    weight = torch.randn(sides[0], sides[1] // key.groups if turned else sides[1], *layer.kernel, **made)
-    if machine.channels_last and x.ndim == 4:
-        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    op = (_TURNED if turned else _OPS)[len(layer.kernel)]
-    bias = torch.randn(key.outputs, **made) if layer.bias else None
-    options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-    return lambda: op(x, weight, bias, groups=key.groups, **options)
 
 
 def _write(table: LatencyTable, path: Path) -> None:
@@ -190,9 +159,3 @@ def _write(table: LatencyTable, path: Path) -> None:
 
 def _cache_folder(cache: str | Path | None) -> Path:
     return Path(cache or os.environ.get("CHANOPT_CACHE") or Path.home() / ".cache" / "chanopt")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line for line in lines if line.startswith("model name")), platform.processor())
