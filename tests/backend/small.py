@@ -34,6 +34,16 @@ class Branches(nn.Module):
         return self.head(z.mean((2, 3)))
 
 
+class Broken(Branches):
+    """Branches with a graph break between the stem and the rest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.norm(self.stem(x)))
+        torch._dynamo.graph_break()
+        z = self.left(y) + self.right(y)
+        return self.head(z.mean((2, 3)))
+
+
 def masked(make: Callable[[], nn.Module] = Branches) -> nn.Module:
     """A network in eval mode with random statistics; of one with ``left`` and ``right``, half of their inputs zero."""
     torch.manual_seed(1)

@@ -17,20 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import chanopt
 from chanopt.backend.options import parse
 from chanopt.errors import CaptureError, ChanoptError, LoweringError
-from tests.backend.small import EAGER, Branches, compiled, error, images, macs, masked, slim
+from tests.backend.small import EAGER, Branches, Broken, compiled, error, images, macs, masked, slim
 from tests.support.nets.base import Net, conv, conv_bn_relu, randomise
 
 TOLERANCE = 1e-5
-
-
-class Broken(Branches):
-    """Branches with a graph break between the stem and the rest."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.norm(self.stem(x)))
-        torch._dynamo.graph_break()
-        z = self.left(y) + self.right(y)
-        return self.head(z.mean((2, 3)))
 
 
 class Structured(Branches):

@@ -17,7 +17,7 @@ import chanopt
 from chanopt.errors import ChanoptError
 from chanopt.pass_infra import DUMP_VARIABLE, dumping
 from chanopt.passes import DEFAULT, DropDead, Pipeline
-from tests.backend.small import EAGER, Branches, compiled, images, macs, masked
+from tests.backend.small import EAGER, Branches, Broken, compiled, images, macs, masked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -100,16 +100,6 @@ def test_explain_of_what_was_compiled_by_others_says_so() -> None:
         chanopt.explain(nn.ReLU())
     with pytest.raises(ChanoptError, match="a module made by chanopt.optimize"):
         chanopt.explain(lambda x: x)
-
-
-class Broken(Branches):
-    """Branches with a graph break between the stem and the rest."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.norm(self.stem(x)))
-        torch._dynamo.graph_break()
-        z = self.left(y) + self.right(y)
-        return self.head(z.mean((2, 3)))
 
 
 def test_reports_of_several_graphs_add_up_and_are_written() -> None:
