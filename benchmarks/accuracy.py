@@ -12,17 +12,19 @@ Every network is trained once a seed, and pruned from there (inputs of layers, b
 
 At equal ratio all three keep the same number of channels in every layer, that of the constrained scope, so that they
 differ in nothing but which ones. (In a dense block that is not the ratio in every layer: the constrained scope drops
-a share of a segment, of which each layer reads a part.) At equal latency each scope has the ratio at which the module
-that `chanopt.optimize` makes of it takes a share of the time of the one it makes of the whole network. Accuracy is
-told right after pruning, and after a short training with the masks held.
+a share of a segment, of which each layer reads a part.) Accuracy is told right after pruning, and after a short
+training with the masks held.
 
-At equal latency, too, three ways to train while pruning, of equally many epochs: `one-shot` (prune, then train),
-`agp` (prune more in every epoch, by the formula of Zhu and Gupta 2017), both constrained and by L2 norm, and `smcp`
-(soft masks by the Taylor expansion, allocated by a latency table; see docs/smcp.md).
+Three ways to train while pruning, of equally many epochs, at a few ratios: `one-shot` (prune, then train), `agp` (prune
+more in every epoch, by the formula of Zhu and Gupta 2017), both constrained and by L2 norm, and `smcp` (soft masks by
+the Taylor expansion, allocated by a latency table, so its ratio is one of time; see docs/smcp.md).
 
-All latencies are medians of shares within rounds in which all arms are called in turn; those of the records are taken
-anew after the ratios are chosen. All accuracies are of slim modules, whose outputs are compared with the masked
-network's. Writes accuracy.json (one record a pruned network), accuracy.md and accuracy.svg to a folder.
+At equal latency: the accuracy that each arm would have at a share of the whole network's time, between its networks
+that are a little slower and a little faster. (No ratio gives exactly that time: a conv's time goes in steps.)
+
+All latencies are of what `chanopt.optimize` makes, the whole network too, in channels last: medians of shares within
+rounds in which all arms are called in turn. All accuracies are of slim modules, whose outputs are compared with the
+masked network's. Writes accuracy.json (one record a pruned network), accuracy.md and accuracy.svg to a folder.
 """
 
 from __future__ import annotations
@@ -30,20 +32,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from sklearn.isotonic import IsotonicRegression
 from torch import Tensor, nn
 
 import chanopt
@@ -54,13 +54,11 @@ from chanopt.errors import AllocationError
 from chanopt.pruning import apply, bake, prune, retained, smcp
 from chanopt.pruning.distiller.agp import AgpPruningRate
 
-SCOPES = ("constrained", "consecutive", "unconstrained")
-METHODS = ("one-shot", "agp", "smcp")
+SCOPES, METHODS = (accuracy_page.ARMS[part] for part in ("ratio", "method"))
 
 _TUNING_RATE = 0.02  # a fifth of that of the first training
 _MULTIPLE = 4  # of kept channels, in what SMCP chooses: its table is measured at multiples
 _SOLVER_SECONDS = 0.5
-_LEAST, _MOST = 0.02, 0.95  # amounts that are searched
 
 Masks = Mapping[str, Mask]
 Arm = tuple[str, ...]
@@ -74,10 +72,8 @@ class Plan:
         epochs: of the first training.
         tuning: of the short training after pruning.
         longer: of the three ways to train while pruning.
-        grid: ratios that are pruned without training, and timed to find those of the targets.
-        ratios: those of the grid that are trained, too.
-        targets: latencies, as shares of the whole network's.
-        around: offsets from a ratio that is found on the grid, which are timed again.
+        ratios: of the scopes.
+        steps: ratios of the three ways to train.
         rounds: timed calls of each module, at least 2.
         batch: images in a timed call; so many that calling an operator costs little beside its work.
     """
@@ -85,11 +81,9 @@ class Plan:
     epochs: int = 6
     tuning: int = 2
     longer: int = 6
-    grid: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7)
-    ratios: tuple[float, ...] = (0.3, 0.5, 0.7)
-    targets: tuple[float, ...] = (0.6,)
-    around: tuple[float, ...] = (-0.03, 0.0, 0.03)
-    rounds: int = 11
+    ratios: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    steps: tuple[float, ...] = (0.15, 0.3, 0.45, 0.6)
+    rounds: int = 15
     batch: int = 128
 
     @property
@@ -101,12 +95,12 @@ class Plan:
     def of(cls, text: str) -> Plan:
         """Read what `json.dumps(asdict(plan))` writes."""
         read: dict[str, Any] = json.loads(text)
-        for name in ("grid", "ratios", "targets", "around"):
+        for name in ("ratios", "steps"):
             read[name] = tuple(read[name])
         return cls(**read)
 
 
-SMOKE = Plan(epochs=2, tuning=1, longer=3, grid=(0.3, 0.6), ratios=(0.3,), around=(0.0,), rounds=3, batch=64)
+SMOKE = Plan(epochs=2, tuning=1, longer=3, ratios=(0.3, 0.6), steps=(0.3,), rounds=3, batch=64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +109,9 @@ class Record:
 
     Attributes:
         net, seed: which network.
-        part: `dense` (not pruned), `ratio`, `latency` (scopes at equal latency) or `method` (ways to train at it).
+        part: `dense` (not pruned), `ratio` (scopes) or `method` (ways to train).
         arm: a scope or a way; `dense`.
         amount: share of each segment's channels that goes; for SMCP, of the latency that its table tells.
-        target: latency aimed at, as a share of the whole network's; None for `dense` and `ratio`.
         epochs: of training since the first one.
         accuracy: share of the test images that the slim module tells rightly.
         masked_accuracy: the same of the masked network.
@@ -138,7 +131,6 @@ class Record:
     part: str
     arm: str
     amount: float
-    target: float | None
     epochs: int
     accuracy: float
     masked_accuracy: float
@@ -169,9 +161,10 @@ class Subject:
         self.name, self.seed, self.plan = name, seed, plan
         self.on = machine()
         self.net = digits.trained(name, seed, plan.epochs)
-        self.inputs = (digits.data().test[: plan.batch],)
+        # In NCHW a conv on 20 channels takes as long as one on 32, which no choice of channels changes.
+        self.inputs = (digits.data().test[: plan.batch].contiguous(memory_format=torch.channels_last),)
         # Captured once; weights are loaded into what it was captured from.
-        self._skeleton = copy.deepcopy(self.net)
+        self._skeleton = cast(Any, copy.deepcopy(self.net)).to(memory_format=torch.channels_last)
         self._captured = chanopt.capture(self._skeleton, self.inputs)
         self.groups = smcp.discover_groups(self._captured)
         self.structure = self.groups.structure
@@ -241,13 +234,6 @@ class Subject:
         masks = pruner.masks()
         return pruner.bake().eval(), masks
 
-    def allocated(self, cost: smcp.LatencyTable, amount: float) -> Masks:
-        """The masks that SMCP would begin with: by the gradients of one batch in the trained network."""
-        net = copy.deepcopy(self.net)
-        images, told = next(digits.batches(self.seed))
-        nn.functional.cross_entropy(net(images), told).backward()
-        return self._pruner(net, smcp.Schedule(amount, 1, 0, 0, 0), cost).prune(amount).masks
-
     def _pruner(self, net: nn.Module, schedule: smcp.Schedule, cost: smcp.LatencyTable) -> smcp.SoftMaskPruner:
         options = smcp.Options(multiple=_MULTIPLE)
         return smcp.SoftMaskPruner(
@@ -267,7 +253,7 @@ class Subject:
         """What a pruned network is, but for its latency."""
         expected, found = digits.outputs(masked), digits.outputs(slim)
         report = chanopt.explain(slim)
-        given: dict[str, Any] = {"amount": 0.0, "target": None, "epochs": 0, **known}
+        given: dict[str, Any] = {"amount": 0.0, "epochs": 0, **known}
         return Record(
             net=self.name,
             seed=self.seed,
@@ -309,62 +295,6 @@ def _differing(expected: Tensor, found: Tensor) -> int:
     return int(((expected.argmax(1) != found.argmax(1)) & (best[:, 0] - best[:, 1] > noise)).sum())
 
 
-# -- equal latency ----------------------------------------------------------------------------------------------------
-
-
-def proposed(shares: Mapping[float, float], target: float) -> float:
-    """The amount at which the latency would be the target: between measured ones, on a curve that only falls.
-
-    Args:
-        shares: latencies by amount.
-        target: a latency; out of their range, the nearest amount's.
-
-    >>> proposed({0.2: 1.0, 0.4: 0.6, 0.6: 0.4}, 0.5)
-    0.5
-    """
-    amounts = sorted(shares)
-    fitted = IsotonicRegression(increasing=False).fit_transform(amounts, [shares[amount] for amount in amounts])
-    return round(float(np.interp(-target, -cast(Any, fitted), amounts)), 4)
-
-
-def nearest(shares: Mapping[float, float], target: float) -> float:
-    """The measured amount whose latency is nearest to the target; 0 only if there is no other."""
-    return min(sorted(amount for amount in shares if amount) or [0.0], key=lambda amount: abs(shares[amount] - target))
-
-
-class Search:
-    """Finds amounts by latency: times what choosers make of some, side by side."""
-
-    def __init__(self, subject: Subject, choosers: Mapping[str, Callable[[float], Masks]]) -> None:
-        self.subject, self.choosers = subject, choosers
-        # Nothing dropped takes as long as the whole.
-        self.shares: dict[str, dict[float, float]] = {name: {0.0: 1.0} for name in choosers}
-
-    def found(self) -> dict[tuple[str, float], float]:
-        """By chooser and target, the amount whose latency came nearest."""
-        plan = self.subject.plan
-        self._time(dict.fromkeys(self.choosers, plan.grid))
-        self._time({name: self._near(name) for name in self.choosers})
-        return {(name, target): nearest(self.shares[name], target) for name in self.choosers for target in plan.targets}
-
-    def _near(self, name: str) -> list[float]:
-        plan = self.subject.plan
-        centres = [proposed(self.shares[name], target) for target in plan.targets]
-        near = {min(max(round(centre + by, 4), _LEAST), _MOST) for centre in centres for by in plan.around}
-        return sorted(near - self.shares[name].keys())
-
-    def _time(self, amounts: Mapping[str, Iterable[float]]) -> None:
-        arms: dict[Arm, nn.Module] = {}
-        for name, amount in ((name, amount) for name, wanted in amounts.items() for amount in wanted):
-            # SMCP cannot save more than its table tells of its cheapest choice.
-            with contextlib.suppress(AllocationError):
-                masks = self.choosers[name](amount)
-                arms[name, str(amount)] = self.subject.slim(self.subject.masked(masks))
-        taken = self.subject.times(arms)
-        for name, amount in arms:
-            self.shares[name][float(amount)] = speed.ratio(taken[name, amount], taken[("dense",)]).median
-
-
 # -- one network ------------------------------------------------------------------------------------------------------
 
 
@@ -376,28 +306,17 @@ def run(name: str, seed: int, plan: Plan) -> list[Record]:
     """
     torch.set_num_threads(1)
     subject = Subject(name, seed, plan)
+    layers, on = subject.structure.layers.values(), smcp.Machine(channels_last=True)
     with tempfile.TemporaryDirectory() as folder:
-        layers = subject.structure.layers.values()
         cost = smcp.measure_latencies(
-            layers, batch=plan.batch, points=3, multiple=_MULTIPLE, repeats=5, cache=Path(folder)
+            layers, batch=plan.batch, machine=on, points=6, multiple=_MULTIPLE, cache=Path(folder)
         )
-    choosers = {scope: partial(subject.masks, scope) for scope in SCOPES}
-    amounts = Search(subject, {**choosers, "smcp": partial(subject.allocated, cost)}).found()
     made = _Made(subject)
     made.add("dense", "dense", subject.net, {})
-    for scope in SCOPES:
-        for amount in plan.grid:
-            made.pruned("ratio", scope, tune=amount in plan.ratios, amount=amount)
-        for target in plan.targets:
-            made.pruned("latency", scope, tune=True, amount=amounts[scope, target], target=target)
-    for target in plan.targets:
-        common = {"target": target, "epochs": plan.longer}
-        amount = amounts["constrained", target]
-        masks = subject.masks("constrained", amount)
-        made.add("method", "one-shot", subject.tuned(masks, plan.longer), masks, amount=amount, **common)
-        made.add("method", "agp", *subject.gradual(amount), amount=amount, **common)
-        amount = amounts["smcp", target]
-        made.add("method", "smcp", *subject.soft(amount, cost), amount=amount, **common)
+    for scope, amount in itertools.product(SCOPES, plan.ratios):
+        made.pruned(scope, amount)
+    for amount in plan.steps:
+        made.trained_while_pruned(amount, cost)
     return made.timed()
 
 
@@ -409,19 +328,27 @@ class _Made:
         self.records: list[tuple[Arm, Record]] = []
         self.modules: dict[Arm, nn.Module] = {}
 
-    def pruned(self, part: str, scope: str, *, tune: bool, amount: float, target: float | None = None) -> None:
+    def pruned(self, scope: str, amount: float) -> None:
         """A scope's network right after pruning, and after the short training."""
         masks, epochs = self.subject.masks(scope, amount), self.subject.plan.tuning
-        self.add(part, scope, self.subject.masked(masks), masks, amount=amount, target=target)
-        if tune:
-            tuned = self.subject.tuned(masks, epochs)
-            self.add(part, scope, tuned, masks, amount=amount, target=target, epochs=epochs)
+        self.add("ratio", scope, self.subject.masked(masks), masks, amount=amount)
+        self.add("ratio", scope, self.subject.tuned(masks, epochs), masks, amount=amount, epochs=epochs)
+
+    def trained_while_pruned(self, amount: float, cost: smcp.LatencyTable) -> None:
+        """The network pruned and trained in each of the ways."""
+        subject, known = self.subject, {"amount": amount, "epochs": self.subject.plan.longer}
+        masks = subject.masks("constrained", amount)
+        self.add("method", "one-shot", subject.tuned(masks, subject.plan.longer), masks, **known)
+        self.add("method", "agp", *subject.gradual(amount), **known)
+        # SMCP cannot save more than its table tells of its cheapest choice.
+        with contextlib.suppress(AllocationError):
+            self.add("method", "smcp", *subject.soft(amount, cost), **known)
 
     def add(self, part: str, arm: str, masked: nn.Module, masks: Masks, **known: Any) -> None:
         """A network with zeros in its weights; one that has the same masks as another is timed once with it."""
         slim = self.subject.slim(masked)
         record = self.subject.record(part, arm, masked, slim, masks, **known)
-        key = (part, arm, str(record.amount), str(record.target))
+        key = (part, arm, str(record.amount))
         self.modules.setdefault(key, slim)
         self.records.append((key, record))
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+from sklearn.isotonic import IsotonicRegression
 
 from benchmarks.grid import table
 
@@ -22,6 +26,14 @@ COLOURS = {
     "agp": "#CC79A7",
     "smcp": "#0072B2",
 }
+
+ARMS = {
+    "ratio": ("constrained", "consecutive", "unconstrained"),
+    "method": ("one-shot", "agp", "smcp"),
+}
+"""Arms that are compared at equal latency, by part; the first is what the others are compared with."""
+TIMES = (0.8, 0.6, 0.4)
+"""Shares of the whole network's time."""
 
 Records = Sequence["Record"]
 Value = Callable[["Record"], float]
@@ -88,11 +100,16 @@ def markdown(records: Records, wrong: Sequence[str] = ()) -> str:
         table(_GAP_HEADS, _gap_lines(records, nets)),
         _in_one_figure(records),
         "## At equal latency",
-        "Every scope at the ratio at which its module comes nearest to the latency; what it came to is told.",
-        table(("network", "aim", "scope", "ratio", *_HEADS[2:]), _lines(records, "latency", _aim, ratio=True)),
-        "## Ways to train, at equal latency",
-        f"{_epochs(records)} epochs each. The ratio of SMCP is of the latency that its table tells.",
-        table(("network", "aim", "way", "ratio", *_HEADS[2:]), _lines(records, "method", _aim, ratio=True)),
+        "The accuracy after training that an arm would have at a share of the whole network's time: between the "
+        "networks of its curve that are a little slower and a little faster, accuracy never falling with time "
+        "(isotonic regression, then linear). *over* is the difference in points to the first arm, seed by seed; "
+        "*seeds*: in which the curves reach that time. The three ways to train took "
+        f"{_epochs(records)} epochs, the scopes fewer.",
+        table(("network", "time", "arm", "accuracy", "over the first", "seeds"), _equal_lines(records, nets)),
+        _equal_in_one_figure(records),
+        "## Ways to train",
+        "The ratio of SMCP is of the latency that its table tells.",
+        table((*_HEADS[:2], "way", *_HEADS[2:]), _lines(records, "method", lambda r: f"{r.amount:.0%}")),
         "## What is not right",
         "\n".join(f"- {told}" for told in wrong) or "Nothing: all slim modules tell what their masked networks tell.",
     ]
@@ -107,10 +124,6 @@ _GAP_HEADS = (
 )
 
 
-def _aim(record: Record) -> str:
-    return f"{record.target:.0%}"
-
-
 def _dense_lines(records: Records, nets: Iterable[str]) -> Iterable[list[str]]:
     for net in nets:
         mine = [r for r in records if r.net == net and r.part == "dense"]
@@ -120,9 +133,7 @@ def _dense_lines(records: Records, nets: Iterable[str]) -> Iterable[list[str]]:
             yield [net, *told, mean_and_deviation(milliseconds, 1, 1000)]
 
 
-def _lines(
-    records: Records, part: str, setting: Callable[[Record], str], *, ratio: bool = False
-) -> Iterable[list[str]]:
+def _lines(records: Records, part: str, setting: Callable[[Record], str]) -> Iterable[list[str]]:
     """A line for every network, setting and arm of a part."""
     mine = [r for r in records if r.part == part]
     for key in _distinct((r.net, setting(r), r.arm) for r in _sorted(mine)):
@@ -131,8 +142,7 @@ def _lines(
         after = [r for r in alike if r.epochs and r.epochs == longest]
         before = [r for r in alike if not r.epochs]
         told = before or after
-        amounts = [mean_and_deviation([r.amount for r in told], 0, 100) + " %"] if ratio else []
-        yield [*key, *amounts, *_figures(told, before, after)]
+        yield [*key, *_figures(told, before, after)]
 
 
 def _figures(told: Records, before: Records, after: Records) -> list[str]:
@@ -169,6 +179,67 @@ def _gap(records: Records, value: Value) -> list[str]:
     return [f"{100 * ours:+.2f}", f"{100 * free:+.2f}", "no gap" if share is None else f"{share:.0%}"]
 
 
+def at_latency(records: Records, time: float) -> float | None:
+    """The accuracy of an arm at a latency, between its networks that are a little slower and a little faster.
+
+    Args:
+        records: of one network, seed and arm, at least one, with latencies.
+        time: share of the whole network's.
+
+    Returns:
+        The accuracy; None if all are faster, or all slower.
+    """
+    points = [(r.latency[1], r.accuracy) for r in records if r.latency]
+    curve = IsotonicRegression(out_of_bounds="nan").fit(*zip(*points, strict=True))
+    (found,) = curve.predict([time]).tolist()
+    return None if math.isnan(found) else found
+
+
+Equal = dict[tuple[str, float, str], dict[int, float]]
+
+
+def at_equal_latency(records: Records) -> Equal:
+    """Accuracies after training, by network, latency and arm, and by seed; only where all arms of a part have one."""
+    found: Equal = {}
+    trained = [r for r in records if r.epochs]
+    for part, net, seed, time in itertools.product(
+        ARMS, _distinct(r.net for r in trained), _distinct(r.seed for r in trained), TIMES
+    ):
+        mine = [r for r in trained if (r.part, r.net, r.seed) == (part, net, seed)]
+        arms = {arm: [r for r in mine if r.arm == arm] for arm in ARMS[part]}
+        accuracies = {arm: at_latency(alike, time) if alike else None for arm, alike in arms.items()}
+        if None not in accuracies.values():
+            for arm, accuracy in accuracies.items():
+                found.setdefault((net, time, arm), {})[seed] = cast(float, accuracy)
+    return found
+
+
+def _equal_lines(records: Records, nets: Sequence[str]) -> Iterable[list[str]]:
+    found = at_equal_latency(records)
+    for net, arms, time in itertools.product(nets, ARMS.values(), TIMES):
+        first = found.get((net, time, arms[0]), {})
+        for arm in arms if first else ():
+            by_seed = found[net, time, arm]
+            over = "" if arm == arms[0] else mean_and_deviation([by_seed[s] - first[s] for s in by_seed], 1, 100)
+            told = mean_and_deviation(list(by_seed.values()), 1, 100)
+            yield [net, f"{time:.0%}", arm, told, over, str(len(by_seed))]
+
+
+def _equal_in_one_figure(records: Records) -> str:
+    found, lines = at_equal_latency(records), list[str]()
+    for first, *others in ARMS.values():
+        for arm in others:
+            gains = [
+                found[net, time, arm][seed] - accuracy
+                for (net, time, known), by_seed in found.items()
+                for seed, accuracy in by_seed.items()
+                if known == first
+            ]
+            told = f"{mean_and_deviation(gains, 2, 100)} points over `{first}`" if gains else "nowhere as fast"
+            lines.append(f"- `{arm}`: {told}")
+    return "Over all networks, times and seeds in which all arms of a kind reach the time:\n" + "\n".join(lines)
+
+
 def _epochs(records: Records) -> str:
     return " or ".join(map(str, sorted({r.epochs for r in records if r.part == "method"})))
 
@@ -177,8 +248,7 @@ def _sorted(records: Records) -> list[Record]:
     nets, arms = _distinct(r.net for r in records), list(COLOURS)
 
     def place(record: Record) -> tuple[int, float, int]:
-        # Only a ratio that is set orders lines; one that was found differs from seed to seed.
-        return nets.index(record.net), -record.target if record.target else record.amount, arms.index(record.arm)
+        return nets.index(record.net), record.amount, arms.index(record.arm)
 
     return sorted(records, key=place)
 
@@ -252,8 +322,8 @@ def _against_latency(axes: Any, records: Records) -> None:
 def _points(records: Records) -> list[tuple[float, float, float, float]]:
     """Latency and accuracy of every setting in percent, and their deviations over seeds; by latency."""
     found: list[tuple[float, float, float, float]] = []
-    for key in _distinct((r.part, r.target or r.amount) for r in records):
-        alike = [r for r in records if (r.part, r.target or r.amount) == key]
+    for amount in _distinct(r.amount for r in records):
+        alike = [r for r in records if r.amount == amount]
         x, dx = _spread([r.latency[1] for r in alike if r.latency])
         y, dy = _spread([r.accuracy for r in alike])
         found.append((x, y, dx, dy))

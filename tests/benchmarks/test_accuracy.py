@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import statistics
 from dataclasses import asdict, replace
@@ -24,7 +25,6 @@ RECORD = Record(
     part="ratio",
     arm="constrained",
     amount=0.5,
-    target=None,
     epochs=0,
     accuracy=0.9,
     masked_accuracy=0.9,
@@ -169,37 +169,46 @@ def test_gradual_pruning_ends_at_the_ratio_and_never_takes_back(subject: Subject
 # -- equal latency ----------------------------------------------------------------------------------------------------
 
 
-def test_an_amount_is_proposed_between_measured_ones() -> None:
-    assert accuracy.proposed({0.0: 1.0, 0.5: 0.5, 0.8: 0.4}, 0.75) == pytest.approx(0.25)
-    # What rises is noise; out of range, the nearest amount.
-    assert 0.2 <= accuracy.proposed({0.0: 1.0, 0.2: 0.6, 0.4: 0.7, 0.6: 0.2}, 0.65) <= 0.4
-    assert accuracy.proposed({0.0: 1.0, 0.5: 0.9}, 0.3) == 0.5
-    assert accuracy.nearest({0.2: 0.8, 0.4: 0.55, 0.5: 0.5}, 0.6) == 0.4
-    # A disturbed clock does not make anything out of nothing dropped.
-    assert accuracy.nearest({0.0: 1.0, 0.2: 1.9, 0.4: 1.7}, 0.6) == 0.4
+def curve(points: dict[float, float], **changes: Any) -> list[Record]:
+    """Trained networks by latency, with their accuracies."""
+    known: dict[str, Any] = {"epochs": 2, **changes}
+    return [replace(RECORD, latency=(x, x, x), amount=1 - x, accuracy=y, **known) for x, y in points.items()]
 
 
-def test_a_search_ends_at_the_amount_whose_latency_is_the_target(subject: Subject, monkeypatch: Any) -> None:
-    """With a clock that tells the multiplications, so that nothing else on the machine counts."""
-
-    def times(arms: Any) -> dict[Any, list[float]]:
-        macs = {("dense",): subject.dense, **arms}
-        return {arm: [float(chanopt.explain(slim).macs_after)] * 2 for arm, slim in macs.items()}
-
-    monkeypatch.setattr(subject, "times", times)
-    search = accuracy.Search(subject, {"constrained": lambda amount: subject.masks("constrained", amount)})
-    amount = search.found()["constrained", 0.6]
-    assert 0 < amount < 0.3
-    assert search.shares["constrained"][amount] == pytest.approx(0.6, abs=0.12)
-    assert sorted(search.shares["constrained"]) == sorted({0.0, amount, *TINY.grid})
+def test_an_accuracy_lies_between_the_networks_that_are_a_little_slower_and_faster() -> None:
+    records = curve({0.9: 0.9, 0.5: 0.7, 0.3: 0.1})
+    assert accuracy_page.at_latency(records, 0.7) == pytest.approx(0.8)
+    assert accuracy_page.at_latency(records, 0.3) == pytest.approx(0.1)
+    assert accuracy_page.at_latency(records, 0.2) is None
+    assert accuracy_page.at_latency(records, 0.95) is None
+    # A slower network that is less accurate is chance: both count as their mean.
+    assert accuracy_page.at_latency(curve({0.4: 0.6, 0.6: 0.4}), 0.5) == pytest.approx(0.5)
 
 
-def test_what_smcp_cannot_reach_is_left_out(subject: Subject) -> None:
-    def never(amount: float) -> dict[str, Mask]:
+def test_arms_are_compared_at_times_that_all_of_their_kind_reach_seed_by_seed() -> None:
+    records: list[Record] = []
+    for seed, gain in enumerate((0.1, 0.3)):
+        records += curve({0.9: 0.5, 0.3: 0.5}, seed=seed, arm="constrained")
+        records += curve({0.9: 0.5 + gain, 0.3: 0.5 + gain}, seed=seed, arm="consecutive")
+        records += curve({0.9: 0.4, (0.3 if seed else 0.5): 0.4}, seed=seed, arm="unconstrained")
+    page = accuracy_page.markdown([*records, *(replace(r, part="dense", arm="dense", epochs=0) for r in records)])
+    assert cells(page, "resnet", "60%", "consecutive")[3:] == ["70.0 ± 14.1", "20.0 ± 14.1", "2"]
+    assert cells(page, "resnet", "40%", "consecutive")[3:] == ["80.0", "30.0", "1"]
+    assert cells(page, "resnet", "40%", "constrained")[3:] == ["50.0", "", "1"]
+    # Two seeds at 80 and 60 %, one at 40 %.
+    assert "- `consecutive`: 22.00 ± 10.95 points over `constrained`" in page
+    assert "- `unconstrained`: -10.00 ± 0.00 points over `constrained`" in page
+    assert "- `smcp`: nowhere as fast" in page
+
+
+def test_what_smcp_cannot_reach_is_left_out(subject: Subject, monkeypatch: Any) -> None:
+    def never(*_: Any) -> None:
         raise accuracy.AllocationError("expected less")
 
-    search = accuracy.Search(subject, {"smcp": never})
-    assert search.found() == {("smcp", 0.6): 0.0}
+    monkeypatch.setattr(Subject, "soft", never)
+    made = accuracy._Made(subject)  # type: ignore[reportPrivateUsage]
+    made.trained_while_pruned(0.5, None)  # type: ignore[arg-type]
+    assert [record.arm for _, record in made.records] == ["one-shot", "agp"]
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -208,13 +217,10 @@ def test_what_smcp_cannot_reach_is_left_out(subject: Subject) -> None:
 @pytest.mark.slow
 def test_the_smoke_form_has_a_record_of_everything(smoke: tuple[Path, list[Record]]) -> None:
     _, records = smoke
-    made = [(r.part, r.arm, r.target, r.epochs) for r in records]
-    expected = [("dense", "dense", None, 0)]
-    for scope in SCOPES:
-        expected += [("ratio", scope, None, 0)] * len(SMOKE.grid)
-        expected += [("ratio", scope, None, SMOKE.tuning)] * len(SMOKE.ratios)
-        expected += [("latency", scope, 0.6, 0), ("latency", scope, 0.6, SMOKE.tuning)]
-    expected += [("method", way, 0.6, SMOKE.longer) for way in METHODS]
+    made = [(r.part, r.arm, r.amount, r.epochs) for r in records]
+    expected = [("dense", "dense", 0.0, 0)]
+    expected += itertools.product(["ratio"], SCOPES, SMOKE.ratios, [0, SMOKE.tuning])
+    expected += itertools.product(["method"], METHODS, SMOKE.steps, [SMOKE.longer])
     assert sorted(made, key=str) == sorted(expected, key=str)
     for record in records:
         assert accuracy.differences(record) == ""
@@ -302,14 +308,10 @@ def test_the_tables_say_what_the_records_say(smoke: tuple[Path, list[Record]]) -
         expected = [f"{100 * value:.1f}" for value in (before.importance, before.accuracy, after.accuracy)]
         expected += [f"{before.latency[1]:.2f}", f"{before.macs / 1e6:.2f}", f"{before.gathers:.1f}"]
         assert cells(page, "mobilenet", "30%", scope)[3:] == [*expected, str(before.copied_bytes)]
-        (target,) = [r for r in records if (r.part, r.arm, r.epochs) == ("latency", scope, SMOKE.tuning)]
-        assert (
-            cells(page, "mobilenet", "60%", scope, f"{100 * target.amount:.0f} %")[6] == f"{100 * target.accuracy:.1f}"
-        )
     for way in METHODS:
         (record,) = [r for r in records if r.arm == way]
-        found = cells(page, "mobilenet", "60%", way, f"{100 * record.amount:.0f} %")
-        assert found[4:7] == [f"{100 * record.importance:.1f}", "-", f"{100 * record.accuracy:.1f}"]
+        found = cells(page, "mobilenet", "30%", way)
+        assert found[3:6] == [f"{100 * record.importance:.1f}", "-", f"{100 * record.accuracy:.1f}"]
     assert "Nothing: all slim modules tell" in page
 
 
