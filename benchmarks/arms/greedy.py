@@ -8,7 +8,9 @@ are a subset of another's is ordered inside it. Plain data: channels are numbers
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import permutations
 
 __all__ = ["greedy_order"]
 
@@ -38,9 +40,10 @@ def greedy_order(readers: Sequence[Iterable[int]], block_of: Mapping[int, int]) 
 def _ordered(sets: list[Channels], block_of: Mapping[int, int]) -> list[int]:
     parents = _parents(sets)
     left = [number for number, parent in enumerate(parents) if parent is None]
+    after = _successors(left, sets, block_of)
     placed: dict[int, None] = {}
     while left:
-        path = _path(left, sets, block_of)
+        path = _path(left, sets, after)
         left = [number for number in left if number not in path]
         for channel in _along(path, sets, parents, block_of):
             placed.setdefault(channel)
@@ -58,10 +61,21 @@ def _parents(sets: Sequence[Channels]) -> list[int | None]:
     return found
 
 
-def _path(nodes: Sequence[int], sets: Sequence[Channels], block_of: Mapping[int, int]) -> list[int]:
-    """The path of the most channels, each channel counted once."""
+def _successors(
+    nodes: Sequence[int], sets: Sequence[Channels], block_of: Mapping[int, int]
+) -> dict[int, dict[int, int]]:
+    """The nodes that can follow each, and the channels that each of them adds."""
     sizes = _block_sizes(sets, block_of)
-    after = {node: [b for b in nodes if b != node and _follows(sets[node], sets[b], sizes, block_of)] for node in nodes}
+    after: dict[int, dict[int, int]] = {node: {} for node in nodes}
+    for node, other in permutations(nodes, 2):
+        shared = sets[node] & sets[other]
+        if _follows(shared, sizes, block_of):
+            after[node][other] = len(sets[other]) - len(shared)
+    return after
+
+
+def _path(nodes: Sequence[int], sets: Sequence[Channels], after: Mapping[int, Mapping[int, int]]) -> list[int]:
+    """The path of the most channels, each channel counted once."""
     best: list[int] = []
     most = steps = 0
     stack = [([node], frozenset([node]), len(sets[node])) for node in reversed(nodes)]
@@ -70,26 +84,21 @@ def _path(nodes: Sequence[int], sets: Sequence[Channels], block_of: Mapping[int,
         steps += 1
         if count > most:
             best, most = path, count
-        last = path[-1]
-        nexts = [node for node in after[last] if node not in barred]
+        adds = after[path[-1]]
+        nexts = [node for node in nodes if node in adds and node not in barred]
         # The neighbours that the path does not go on to may not come later: they share channels with this node.
-        barred |= frozenset(after[last])
-        stack += [([*path, node], barred, count + len(sets[node] - sets[last])) for node in reversed(nexts)]
+        barred |= adds.keys()
+        stack += [([*path, node], barred, count + adds[node]) for node in reversed(nexts)]
     return best or [nodes[0]]
 
 
 def _block_sizes(sets: Sequence[Channels], block_of: Mapping[int, int]) -> dict[int, int]:
-    sizes: dict[int, int] = {}
-    for channel in frozenset().union(*sets):
-        sizes[block_of[channel]] = sizes.get(block_of[channel], 0) + 1
-    return sizes
+    return Counter(block_of[channel] for channel in frozenset().union(*sets))
 
 
-def _follows(first: Channels, second: Channels, sizes: Mapping[int, int], block_of: Mapping[int, int]) -> bool:
-    """Whether a consumer can follow another: they share channels, of all blocks but the first one the whole."""
-    shared: dict[int, int] = {}
-    for channel in first & second:
-        shared[block_of[channel]] = shared.get(block_of[channel], 0) + 1
+def _follows(channels: Channels, sizes: Mapping[int, int], block_of: Mapping[int, int]) -> bool:
+    """Whether consumers that share these channels can follow each other: of all blocks but the first one the whole."""
+    shared = Counter(block_of[channel] for channel in channels)
     return bool(shared) and all(shared[block] == sizes[block] for block in sorted(shared)[1:])
 
 
