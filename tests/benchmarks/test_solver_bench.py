@@ -49,6 +49,14 @@ def test_no_other_order_is_better(family: str) -> None:
         assert found.objective <= min(found.greedy, found.natural) <= found.everything
 
 
+@pytest.mark.parametrize("family", ["nested", "touched"])
+def test_the_time_limit_holds_where_no_proof_is_near(family: str) -> None:
+    """One round of cuts, or of exchanges, took many times the limit here."""
+    solution = solve(solver.make(family, 2048, 96, 0), time_limit=1.0)
+    assert not solution.optimal
+    assert solution.seconds < 4
+
+
 def test_touched_blocks_are_compared_with_their_floor() -> None:
     made = solver.make("touched", 96, 3, 0)
     assert {(reader.grain, reader.weight, len(reader.set)) for reader in made.readers} == {(16, 1, 48)}

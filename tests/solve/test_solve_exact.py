@@ -126,7 +126,7 @@ def test_flows_and_cycles_keep_the_optimum(values: int, monkeypatch: pytest.Monk
         assert (solution.objective, solution.optimal) == (optimum(instance), True), instance.to_json()
 
 
-def _nothing_joined(self: _Search, best: object, deadline: float) -> object:
+def _nothing_joined(self: _Search, best: object) -> object:
     return self._choice([(value,) for value in self.problem.values])
 
 

@@ -42,7 +42,7 @@ def decide(problem: Problem, deadline: float, workers: int) -> Decision:
     Cheap answers come first: all is free; or the greedy choice meets the bound of disjoint conflicting
     families.
     """
-    search = _Search(problem)
+    search = _Search(problem, deadline)
     best = search.whole()
     if best is not None and best.cost == 0:
         return best
@@ -52,13 +52,13 @@ def decide(problem: Problem, deadline: float, workers: int) -> Decision:
     chain = chain_of(problem) if len(families) > _FEW_FAMILIES else None
     if chain is not None:
         return decide_chain(problem, chain, lambda part: decide(part, deadline, workers))
-    best = search.greedy(best, deadline)
+    best = search.greedy(best)
     bound = 0 if problem.links else _clique_bound(problem, families)
     if bound >= best.cost:
         return best
-    if time.monotonic() >= deadline:
+    if search.is_late():
         return Decision(best.free, best.cut, best.cost, bound)
-    return search.prove(best, bound, families, deadline, workers)
+    return search.prove(best, bound, families, workers)
 
 
 def _clique_bound(problem: Problem, families: Sequence[int]) -> int:
@@ -86,15 +86,21 @@ class _Search:
     """One problem, and what is known of it."""
 
     problem: Problem
+    deadline: float
+    """Of `time.monotonic`. What comes after it is kept short: a round is finished, with the first cuts found."""
     conflicts: Triples | None = None
     known: dict[tuple[int, ...], tuple[int, ...] | None] = field(default_factory=dict)
     """Values of a part to the items that are free in it when readers are taken from the heaviest down."""
+
+    def is_late(self) -> bool:
+        """Return whether the deadline has passed."""
+        return time.monotonic() >= self.deadline
 
     def whole(self) -> Decision | None:
         """Return the choice that cuts no link and takes heavy readers first, if hard items allow it."""
         return self._choice([tuple(self.problem.values)])
 
-    def greedy(self, best: Decision | None, deadline: float) -> Decision:
+    def greedy(self, best: Decision | None) -> Decision:
         """Return the better of the given choice and one that starts from single values and joins parts.
 
         Parts are joined across the heaviest links first, wherever that does not cost more than the link.
@@ -102,7 +108,7 @@ class _Search:
         parts: dict[int, tuple[int, ...]] = {value: (value,) for value in self.problem.values}
         for link in sorted(self.problem.links, key=lambda link: -link.weight):
             first, second = parts[link.ends[0]], parts[link.ends[1]]
-            if first == second or (best is not None and time.monotonic() >= deadline):
+            if first == second or (best is not None and self.is_late()):
                 continue
             joined = tuple(sorted(first + second))
             together, apart = self._paid(joined), (self._paid(first) or 0) + (self._paid(second) or 0)
@@ -114,7 +120,7 @@ class _Search:
             raise AssertionError("blocks and pins of one value were checked to be consistent")
         return choice if best is None or choice.cost < best.cost else best
 
-    def prove(self, best: Decision, bound: int, families: Sequence[int], deadline: float, workers: int) -> Decision:
+    def prove(self, best: Decision, bound: int, families: Sequence[int], workers: int) -> Decision:
         """Run rounds of master and separation until the bound meets the best choice, or to the deadline."""
         master = Master(self.problem, workers)
         cuts, flows = initial_cuts(self.problem, families)
@@ -126,7 +132,7 @@ class _Search:
         if bound:
             master.at_least(bound)
         count, rounds = len(cuts) + len(flows), 0
-        while bound < best.cost and (left := deadline - time.monotonic()) > 0:
+        while bound < best.cost and (left := self.deadline - time.monotonic()) > 0:
             master.hint(best.free, best.cut)
             proposal = master.solve(left)
             rounds += 1
@@ -169,6 +175,8 @@ class _Search:
             hard = []
         tree, accepted, cores = self._fit(base, [*hard, *soft])
         for turn in range(1, min(_PASSES, len(soft)) if cores else 0):
+            if self.is_late():
+                break
             start = turn * len(soft) // _PASSES
             cores = cores + self._fit(base, [*hard, *soft[start:], *soft[:start]])[2]
         distinct = {frozenset(core): core for core in cores}
@@ -189,6 +197,8 @@ class _Search:
     def _cut(self, graph: Graph, base: PQTree, core: list[int]) -> Cut:
         """Return the cut for a minimal conflict on top of a tree, widened by items that conflict alike."""
         cut = cut_of(self.problem, graph, core, len(core) - 1)
+        if self.is_late():
+            return cut
         joined = {value for link, _ in cut.links for value in self.problem.links[link].ends}
         joined.add(self.problem.items[core[0]].value)
         soft = range(self.problem.hard, len(self.problem.items))
