@@ -15,7 +15,7 @@ from chanopt.analysis.segments import OrderGraph, Place, Segment
 from chanopt.analysis.widening import widened
 from chanopt.ir import Access, IndexMap, Kind, Layout, Op, Program, Read, flow_back
 from chanopt.pass_infra import Pass, PassResult, Property
-from chanopt.solve import Instance, Solution, solve
+from chanopt.solve import Instance, Solution, solve_all
 
 SEGMENTS = "segments"
 """Key of this pass's notes: a tuple of :class:`Ordered`."""
@@ -56,6 +56,7 @@ class OrderChannels(Pass):
 
     Attributes:
         time_limit: seconds for each segment; past them the best order found is taken, with its bound.
+        processes: how many solve segments at once, where these take more than moments; None: one a processor.
 
     Before and after::
 
@@ -64,6 +65,7 @@ class OrderChannels(Pass):
     """
 
     time_limit: float = 10.0
+    processes: int | None = None
 
     name: ClassVar[str] = "order_channels"
     requires: ClassVar[tuple[Property, ...]] = (READS_TRIMMED,)
@@ -71,36 +73,44 @@ class OrderChannels(Pass):
     def apply(self, program: Program) -> PassResult:
         """Solve every segment, then lay out every value."""
         graph = OrderGraph.build(program, demand(program), label(program))
-        solved = [Ordered(segment, self._solve(segment.instance)) for segment in graph.segments()]
+        segments = graph.segments()
+        solved = [Ordered(*pair) for pair in zip(segments, self._solve([s.instance for s in segments]), strict=True)]
         after = _laid_out(graph, solved)
-        for number, ordered in enumerate(solved):
-            wider = self._wider(ordered)
-            if wider is None:
-                continue
+        for number, wider in self._wider(solved).items():
             tried = [*solved[:number], wider, *solved[number + 1 :]]
             other = _laid_out(graph, tried)
             if _copied(other) < _copied(after):
                 solved, after = tried, other
         return PassResult(after, after is not program, notes={SEGMENTS: tuple(solved)})
 
-    def _solve(self, instance: Instance) -> Solution:
-        return solve(instance, time_limit=self.time_limit)
+    def _solve(self, instances: Sequence[Instance]) -> list[Solution]:
+        return solve_all(instances, time_limit=self.time_limit, processes=self.processes)
 
-    def _wider(self, ordered: Ordered) -> Ordered | None:
-        """The segment with wider blocks, if that promises less; what no order of either beats is its bound.
+    def _wider(self, solved: Sequence[Ordered]) -> dict[int, Ordered]:
+        """Segments with wider blocks by their numbers, where that promises less.
 
         The promise does not count what readers further down pay for channels that nobody asked for: the caller
         compares whole programs.
         """
-        segment, narrow = ordered.segment, ordered.solution
-        if segment.wider is None or narrow.objective == 0:
-            return None
-        solution = self._solve(segment.wider)
-        if solution.objective >= narrow.objective:
-            return None
-        bound = min(solution.bound, narrow.bound)
-        taken = replace(segment, instance=segment.wider)
-        return Ordered(taken, replace(solution, bound=bound, optimal=bound >= solution.objective))
+        wider = {
+            number: ordered.segment.wider
+            for number, ordered in enumerate(solved)
+            if ordered.segment.wider is not None and ordered.solution.objective > 0
+        }
+        solutions = zip(wider, self._solve(list(wider.values())), strict=True)
+        return {
+            number: _widened(solved[number], solution)
+            for number, solution in solutions
+            if solution.objective < solved[number].solution.objective
+        }
+
+
+def _widened(narrow: Ordered, solution: Solution) -> Ordered:
+    """A segment in an order of its wider blocks; what no order of either beats is its bound."""
+    assert narrow.segment.wider is not None
+    bound = min(solution.bound, narrow.solution.bound)
+    taken = replace(narrow.segment, instance=narrow.segment.wider)
+    return Ordered(taken, replace(solution, bound=bound, optimal=bound >= solution.objective))
 
 
 def _laid_out(graph: OrderGraph, solved: Sequence[Ordered]) -> Program:

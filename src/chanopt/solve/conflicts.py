@@ -7,6 +7,8 @@ however large it is; such families give much stronger cuts than their triples.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -118,17 +120,19 @@ def _codes(pair: Counts, shared: Counts, i: int) -> Counts:
     return code
 
 
-def cliques(conflicts: Triples) -> list[int]:
+def cliques(conflicts: Triples, deadline: float = math.inf) -> list[int]:
     """Return families, as masks, that cover every conflicting triple and in which every triple conflicts.
 
     Greedy: a family starts from a triple not yet covered and takes in the first item that fits, until none
-    does.
+    does. Past the deadline (of `time.monotonic`), and past many families, the rest stays uncovered.
     """
     count = len(conflicts)
     covered = [[0] * count for _ in range(count)]
     found: list[int] = []
     for first, second in combinations(range(count), 2):
         later = conflicts[first][second] >> (second + 1) << (second + 1)
+        if time.monotonic() >= deadline:
+            break
         while (open_ := later & ~covered[first][second]) and len(found) < _MOST_CLIQUES:
             third = (open_ & -open_).bit_length() - 1
             members, mask = _grow(conflicts, [first, second, third])

@@ -46,12 +46,12 @@ def decide(problem: Problem, deadline: float, workers: int) -> Decision:
     best = search.whole()
     if best is not None and best.cost == 0:
         return best
-    conflicts = triples(problem)
+    conflicts = None if search.is_late() else triples(problem)
     search.conflicts = conflicts
-    families = cliques(conflicts) if conflicts else []
+    families = cliques(conflicts, deadline) if conflicts else []
     chain = chain_of(problem) if len(families) > _FEW_FAMILIES else None
     if chain is not None:
-        return decide_chain(problem, chain, lambda part: decide(part, deadline, workers))
+        return decide_chain(problem, chain, lambda part: decide(part, deadline, workers), deadline)
     best = search.greedy(best)
     bound = 0 if problem.links else _clique_bound(problem, families)
     if bound >= best.cost:
