@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,9 +101,13 @@ def emit(line: Mapping[str, Any]) -> None:
 
 
 def write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write lines as one JSON list, a line each: small differences between two runs stay small."""
+    """Write lines as one JSON list, a line each, and beside it as a CSV table with a column a field (`a.b` is b of a).
+
+    Small differences between two runs stay small.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
+    pd.json_normalize([dict(line) for line in lines]).to_csv(path.with_suffix(".csv"), index=False)
 
 
 def _run_one(job: Job, timeout: float) -> list[Line]:

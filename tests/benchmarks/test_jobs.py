@@ -61,9 +61,10 @@ def test_a_job_that_died_is_run_again_as_a_whole(script: str, tmp_path: Path) ->
     assert lines == [{"job": "a", "status": "ok", "what": "lives"}]
 
 
-def test_lists_are_written_a_line_each(tmp_path: Path) -> None:
-    jobs.write(tmp_path / "out.json", [{"a": 1}, {"b": 2}])
-    assert (tmp_path / "out.json").read_text() == '[\n{"a": 1},\n{"b": 2}\n]\n'
+def test_lists_are_written_a_line_each_and_as_a_table(tmp_path: Path) -> None:
+    jobs.write(tmp_path / "out.json", [{"a": 1}, {"b": 2, "c": {"d": 3}}])
+    assert (tmp_path / "out.json").read_text() == '[\n{"a": 1},\n{"b": 2, "c": {"d": 3}}\n]\n'
+    assert (tmp_path / "out.csv").read_text() == "a,b,c.d\n1.0,,\n,2.0,3.0\n"
 
 
 def test_processes_keep_the_memory_of_large_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
