@@ -93,3 +93,16 @@ def test_everything_writes_both_pages_and_reports_the_worst_code(
     assert out.read_text().startswith("# Results")
     assert shown.read_text().startswith("<!doctype html>")
     assert json.loads((tmp_path / "survey.json").read_text()) == []
+
+
+@pytest.mark.slow
+def test_the_smoke_form_runs_every_part_and_writes_both_pages(tmp_path: Path) -> None:
+    assert command.main(["--smoke", "--results", str(tmp_path), "--out", str(tmp_path / "results.md")]) == 0
+    text, shown = (tmp_path / "results.md").read_text(), (tmp_path / "page.html").read_text()
+    for heading in ("Copies, against UPSCALE", "Speed on a CPU", "Orders of channels", "Compile time and memory"):
+        assert f"## {heading}\n\nNot measured" not in text
+        assert f"## {heading}\n" in text
+    assert "| resnet18 | 19 | 4 | 4 | 3 |" in text
+    assert "that cuts anything:\n\nNone." in text
+    assert "resnet18" in shown
+    assert "<svg" in shown
