@@ -285,14 +285,17 @@ def _times(rows: Rows, other: str) -> str:
 
 def scale_part(rows: Rows) -> list[str]:
     """Seconds and memory by size, and the slopes."""
-    heads = ["network", "ops", "parameters, M", "segments", "capture, s", "solver, s", "everything else, s", "MB"]
+    heads = ["network", "ops", "operands", "parameters, M", "segments", "proven", "capture, s", "solver, s"]
+    heads += ["everything else, s", "optimise, s", "MB"]
     lines = [
         [
             f"{row['family']} {row['size']}",
             _count(row["ops"]),
+            _count(row["operands"]),
             _number(row["parameters"], 2, 1e-6),
             _count(row["segments"]),
-            *(_number(row[stage]) for stage in ("capture", "solver", "rest")),
+            _count(row["segments_optimal"]),
+            *(_number(row[stage]) for stage in ("capture", "solver", "rest", "optimize")),
             _mega(row["memory"]),
         ]
         for row in rows
@@ -303,7 +306,9 @@ def scale_part(rows: Rows) -> list[str]:
     ]
     return [
         table(heads, lines),
-        "Slopes of log time against log ops (against log channels for the wide nets; 1 is linear):",
+        "*solver* and *everything else* are of segments solved one after another, *optimise* of the default, side by "
+        "side in processes. Slopes of log time against the log of what the ops read, in operands (against log channels "
+        "for the wide nets); 1 is linear:",
         *slopes,
     ]
 

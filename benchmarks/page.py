@@ -234,11 +234,11 @@ def solver_part(rows: Sequence[Row]) -> Part:
 
 
 def scale_part(rows: Sequence[Row]) -> Part:
-    """Seconds and memory against ops."""
+    """Seconds and memory against operands."""
     plots: list[Plot] = []
     for family in dict.fromkeys(row["family"] for row in rows):
         points = [row for row in rows if row["family"] == family]
-        key, label = ("size", "channels") if family == "wide" else ("ops", "ops")
+        key, label = ("size", "channels") if family == "wide" else ("operands", "operands of ops")
 
         def draw(axes: Any, points: list[Row] = points, key: str = key, label: str = label) -> None:
             for stage, colour in zip(("capture", "solver", "rest"), _FAMILY_COLOURS, strict=False):

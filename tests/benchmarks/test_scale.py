@@ -31,6 +31,8 @@ def test_a_point_has_times_of_every_stage() -> None:
     assert point["memory"] >= 0
     assert "order_channels" in point["passes"]
     assert 0 < point["solver"] <= point["passes"]["order_channels"]
+    assert point["operands"] >= point["ops"] - 1
+    assert point["optimize"] > 0
 
 
 def test_slopes_are_those_of_a_power() -> None:
@@ -43,7 +45,7 @@ def test_slopes_are_those_of_a_power() -> None:
 def points(family: str) -> list[dict[str, object]]:
     base = {"family": family, "status": "ok", "job": "x", "solver": 1.0, "segments": 1, "parameters": 5}
     return [
-        {**base, "size": size, "ops": size * 2, "capture": 0.1 * size, "rest": size**2, "memory": size}
+        {**base, "size": size, "ops": 7, "operands": size * 2, "capture": 0.1 * size, "rest": size**2, "memory": size}
         | {"passes": {"drop_dead": size}}
         for size in (10, 20, 40)
     ]
