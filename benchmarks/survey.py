@@ -94,7 +94,7 @@ def _plans(captured: Any, failed: str) -> dict[str, Any]:
     return {
         "naive": asdict(plans.naive_copies(flow)),
         "greedy": asdict(greedy),
-        "plans_parameters": figures(program).parameters,
+        "plans_cut": figures(program).parameters < figures(flow.program).parameters,
     }
 
 
@@ -150,8 +150,7 @@ def differences(row: Mapping[str, Any]) -> list[str]:
     if row.get("chanopt") is None:
         return [*found, f"chanopt: {row.get('exception', 'not run')}"]
     ours = row["chanopt"]["bytes"]
-    cut = row.get("plans_parameters", 0) < row["parameters_dense"]
-    arms = ("naive", "greedy", "upscale") if cut else ("upscale",)
+    arms = ("naive", "greedy", "upscale") if row.get("plans_cut") else ("upscale",)
     rivals = {arm: row[arm]["bytes"] for arm in arms if row.get(arm)}
     found += [f"chanopt copies {ours:,} bytes, {arm} {theirs:,}" for arm, theirs in rivals.items() if ours > theirs]
     if row["segments_optimal"] < row["segments"]:

@@ -65,7 +65,7 @@ def surveyed(model: str, ours: int, **changes: Any) -> dict[str, Any]:
         return {"copies": count, "channels": count, "bytes": count * 1_000_000}
 
     made = {"model": model, "side": "input", "amount": 0.5, "resolution": 64, "segments": 5, "segments_optimal": 5}
-    made |= {"parameters_dense": 9, "plans_parameters": 5}
+    made |= {"plans_cut": True}
     return {**made, "naive": copies(9), "greedy": copies(4), "upscale": copies(4), "chanopt": copies(ours), **changes}
 
 
