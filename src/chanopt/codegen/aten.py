@@ -228,6 +228,7 @@ class _Emitter:
         self.nodes: dict[str, fx.Node] = {}
         self.made: dict[tuple[str, IndexMap], fx.Node] = {}
         self.names: dict[str, list[tuple[Any, str]]] = {}
+        self.given: set[str] = set()
         self.named = {param.name for op in program.ops for param in op.params}
         self.shapes: dict[fx.Node, tuple[tuple[int | str, ...], str]] = {}
 
@@ -464,11 +465,11 @@ class _Emitter:
         for other, full in known:
             if other == key:
                 return self.graph.get_attr(full)
-        taken = {other for entries in self.names.values() for _, other in entries} | (self.named - {name})
         count, full = len(known), f"{name}_{len(known)}" if known else name
-        while full in taken:
+        while full in self.given or (full in self.named and full != name):
             count, full = count + 1, f"{name}_{count + 1}"
         known.append((key, full))
+        self.given.add(full)
         owner = self.root
         *path, leaf = full.split(".")
         for part in path:

@@ -83,15 +83,15 @@ def physical_reads(op: Op, program: Program) -> list[tuple[Read, PhysicalRead]]:
 
 def _pieces(op: Op, program: Program) -> Iterator[tuple[Read, PhysicalRead]]:
     """A concat's operands as maximal stretches of the result that come from one operand."""
-    live = program.values[op.result].live.live.array
+    live, reads = program.values[op.result].live.live.array, op.reads
     origin = np.full(len(live), -1)
-    for number, read in enumerate(op.reads):
+    for number, read in enumerate(reads):
         origin[read.index.array[live] >= 0] = number
     cuts = np.flatnonzero(np.diff(origin)) + 1
     for stretch in np.split(live, cuts):
         if not len(stretch):
             continue
-        read = op.reads[int(origin[np.flatnonzero(live == stretch[0])[0]])]
+        read = reads[int(origin[np.flatnonzero(live == stretch[0])[0]])]
         layout = program.values[read.value].live
         wanted = IndexMap(read.index.array[stretch])
         positions = layout.positions(wanted)
