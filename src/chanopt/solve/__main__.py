@@ -1,4 +1,4 @@
-"""`python -m chanopt.solve`: an instance as JSON on standard input, its solution as JSON on standard output."""
+"""`python -m chanopt.solve`: instances as JSON on standard input, a line each; their solutions on standard output."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from chanopt.solve import Instance, solve
 def main() -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m chanopt.solve", description=__doc__)
-    parser.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds (default: 10)")
+    parser.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds for each (default: 10)")
     args = parser.parse_args()
     try:
-        print(solve(Instance.from_json(sys.stdin.read()), time_limit=args.time_limit).to_json())
+        for line in sys.stdin:
+            print(solve(Instance.from_json(line), time_limit=args.time_limit).to_json(), flush=True)
     except ChanoptError as error:
         print(error, file=sys.stderr)
         return 1
