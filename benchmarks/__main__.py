@@ -42,7 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     module = importlib.import_module("benchmarks.everything" if name == "all" else f"benchmarks.{name}")
-    return module.main(parser(name, module).parse_args(words))
+    made = parser(name, module)
+    args = made.parse_args(words)
+    written = () if getattr(args, "worker", None) else (("--out", args.out), ("--page", getattr(args, "page", None)))
+    for option, path in written:
+        if path is not None and (told := _unwritable(path)):
+            made.error(f"argument {option}: {told}")
+    return module.main(args)
 
 
 def parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
@@ -60,6 +66,21 @@ def parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
 def _help() -> str:
     others = {name: f"see python -m benchmarks {name} --help" for name in _OTHERS}
     return f"{__doc__}\n" + "\n".join(f"    {name:8} {told}" for name, told in {**COMMANDS, **others}.items())
+
+
+def _unwritable(path: Path) -> str:
+    """Why a file cannot be written, found out before anything is measured; makes its folder."""
+    if path.is_dir() or path.suffix in ("", ".csv", ".jsonl"):
+        return f"expected the name of a file that is neither .csv nor .jsonl (those stand beside it), found {path}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        return str(error)
+    if not path.stat().st_size:
+        path.unlink()
+    return ""
 
 
 def _common(sub: argparse.ArgumentParser, out: Path | None) -> None:

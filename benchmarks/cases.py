@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -151,6 +153,29 @@ class Record:
         return cls(**known)
 
 
+def amount(text: str) -> float:
+    """Parse a share of channels, for command lines.
+
+    >>> amount("0.5")
+    0.5
+    """
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a share of the channels in [0, 1), found {text!r}")
+
+
+def rounds(text: str) -> int:
+    """Parse a number of timed calls, for command lines: quartiles need two.
+
+    >>> rounds("20")
+    20
+    """
+    if text.isdecimal() and int(text) >= 2:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected 2 or more, found {text!r}")
+
+
 def networks(case: Case) -> tuple[nn.Module, nn.Module]:
     """The network of a case masked, and before masking; both as the case says they are run.
 
@@ -159,7 +184,7 @@ def networks(case: Case) -> tuple[nn.Module, nn.Module]:
         ValueError: the amount is outside [0, 1).
     """
     original = zoo.build(case.model, resolution=case.resolution)
-    return _placed(_masked(case), case), _placed(original, case)
+    return placed(_masked(case), case), placed(original, case)
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[Any, ...]:
@@ -179,7 +204,8 @@ def _masked(case: Case) -> nn.Module:
     return model
 
 
-def _placed(model: nn.Module, case: Case) -> nn.Module:
+def placed(model: nn.Module, case: Case) -> nn.Module:
+    """A network, or what an arm made of one, as the case says; weights in another layout cost copies at each call."""
     model = model.to(device=case.device, dtype=getattr(torch, case.dtype))
     # torch's stubs know no memory format without a type.
     return model.to(memory_format=torch.channels_last) if case.layout == "channels_last" else model  # type: ignore[call-overload]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gate, jobs, run, scale, solver, survey
+from benchmarks import gate, jobs, run, scale, solver, survey, zoo
 from benchmarks.cases import Record
 from benchmarks.grid import table
 
@@ -28,10 +28,10 @@ Rows = Sequence[Row]
 HEADING = """# Results
 
 Written by `python -m benchmarks docs` from the JSON in [benchmarks/results](../benchmarks/results); do not edit.
-`python -m benchmarks` measures everything on this page again and writes it; `python -m benchmarks page` makes one
-HTML page with plots of the same figures. The masks are written into seeded random weights (no pretrained weights):
-every ungrouped convolution loses the share of its input channels (or output channels, with their biases) that has
-the least Euclidean norm, whatever its neighbours lose."""
+`python -m benchmarks` measures everything on this page again, but for the last two parts, and writes it;
+`python -m benchmarks page` makes one HTML page with plots of the same figures. The masks are written into seeded random
+weights (no pretrained weights): every ungrouped convolution loses the share of its input channels (or output channels,
+with their biases) that has the least Euclidean norm, whatever its neighbours lose."""
 
 
 def load(folder: Path, name: str) -> Any:
@@ -64,15 +64,18 @@ def markdown(folder: Path) -> str:
 
 def copies_part(rows: Rows) -> list[str]:
     """The survey: totals, every network at half of its input channels, and the rows that are not right."""
-    sizes = {row["resolution"] for row in rows}
-    told = "at each network's own resolution" if max(sizes) >= 224 else "at the least resolution of each network"
+    own = all(row["resolution"] == zoo.entry(row["model"]).resolution for row in rows)
+    told = "at each network's own resolution" if own else "at the least resolution of each network"
     wrong = [(row, found) for row in rows if (found := survey.differences(row))]
     half = [row for row in rows if row["side"] == "input" and row["amount"] == 0.5]
     return [
         f"One image in float32, {told}. *naive* gathers in front of every masked layer; *greedy* is UPSCALE's order as "
         "we implement it, *UPSCALE* the exporter itself (a dash: it raises). Both plans cut what no layer reads; they "
         "see no masked outputs, and copy where the model shuffles channels. Sums are over the networks that UPSCALE "
-        "runs, in megabytes; *fewer*, *as many* and *more* compare chanopt's bytes with the greedy order's.",
+        "runs, in megabytes; *fewer*, *as many* and *more* compare chanopt's bytes with the greedy order's. (In dense nets "
+        "chanopt gathers the pieces of a concat one by one: more copies of fewer bytes.) *optimise* "
+        "does without torch.export, which comes before it; *UPSCALE* traces by itself, and that is in its time. Both "
+        "were timed while another network was surveyed.",
         table(_COPY_HEADS, [_copy_totals(rows, *setting) for setting in _settings(rows)]),
         "Every network with half of the input channels of each layer masked:",
         table(NETWORK_HEADS, map(network_line, half)),
@@ -92,7 +95,7 @@ NETWORK_HEADS = (
 )
 """The columns of `network_line`."""
 DOING_HEADS = (
-    *("network", "arm", "copies", "MB copied", "MMACs dense", "exact", "Flux"),
+    *("network", "run", "arm", "copies", "MB copied", "re-laid out", "inside convs", "MMACs dense", "exact", "Flux"),
     *("parameters, M", "peak MB", "make, s", "error"),
 )
 """The columns of `doing`."""
@@ -173,14 +176,22 @@ def _machine(machine: Mapping[str, str]) -> str:
 def conditions_of(record: Record) -> str:
     """How a record was run, but for the network, in words."""
     case = record.case
-    return f"{case.mode}, batch {case.batch}, {case.layout}, {case.dtype}, {case.device}, masks: {case.mask}"
+    threads = f", {case.threads} threads" if case.threads > 1 else ""
+    return f"{case.mode}, batch {case.batch}, {case.layout}, {case.dtype}, {case.device}{threads}, masks: {case.mask}"
+
+
+def name_of(record: Record) -> str:
+    """The network of a record, with its resolution if that is not its own."""
+    case = record.case
+    own = case.resolution == zoo.entry(case.model).resolution
+    return case.model if own else f"{case.model} at {case.resolution}"
 
 
 def _latencies(records: Sequence[Record]) -> str:
     arms = list(dict.fromkeys(record.arm for record in records))
     by_model: dict[str, dict[str, Record]] = {}
     for record in records:
-        by_model.setdefault(record.case.model, {})[record.arm] = record
+        by_model.setdefault(name_of(record), {})[record.arm] = record
     heads = ["network", *(f"{arm}, ms" for arm in arms), *(f"chanopt / {arm}" for arm in arms if arm != "chanopt")]
     return table(heads, (_latency_line(model, found, arms) for model, found in by_model.items()))
 
@@ -218,10 +229,13 @@ def doing(record: Record) -> list[str]:
     """What an arm does, as cells."""
     planned, macs = record.planned or {}, record.macs or {}
     return [
-        record.case.model,
+        name_of(record),
+        conditions_of(record),
         record.arm,
         _count(planned.get("copies")),
         _mega(planned.get("bytes")),
+        _mega(record.relayouts[1] if record.relayouts else None),
+        _mega((record.profiled or {}).get("hidden_bytes")),
         *(_number(macs.get(name), 1, 1e-6) for name in ("dense", "exact", "flux")),
         _number(record.parameters, 2, 1e-6),
         _mega(record.peak_bytes),
@@ -234,8 +248,10 @@ def _agreement(records: Sequence[Record]) -> list[str]:
     seen = [record for record in records if record.agree is not None]
     wrong = [f"- {record.case}, {record.arm}: {told}" for record in seen if (told := run.differences(record))]
     return [
-        f"The copies that the operators made were those planned in {len(seen) - len(wrong)} of {len(seen)} runs, seen "
-        "by a dispatch mode and by torch's profiler.",
+        "*copies* are selections of channels; *re-laid out* and *inside convs* are megabytes moved besides, by changes "
+        "of memory format (a pool that is faster over channels last, say) and by convs that make their operands "
+        f"contiguous. The selections that the operators made were those planned in {len(seen) - len(wrong)} of "
+        f"{len(seen)} runs, seen by a dispatch mode and by torch's profiler in one eager run of each arm.",
         *wrong,
     ]
 
@@ -271,16 +287,15 @@ def _solver_line(key: tuple[str, int, int], rows: Rows) -> list[str]:
         str(len(rows)),
         str(sum(row["optimal"] for row in rows)),
         f"{max(row['gap'] for row in rows):.1%}",
-        *(_times(rows, other) for other in ("greedy", "natural")),
+        *(_times([row for row in rows if row["greedy"] and row["natural"]], name) for name in ("greedy", "natural")),
         f"{statistics.median(seconds):.3f}",
         f"{max(seconds):.3f}",
     ]
 
 
 def _times(rows: Rows, other: str) -> str:
-    pairs = [(row[other], row["objective"]) for row in rows if row[other] is not None]
-    ours = sum(own for _, own in pairs)
-    return f"{sum(theirs for theirs, _ in pairs) / ours:.2f}" if ours else "-"
+    ours = sum(row["objective"] for row in rows)
+    return f"{sum(row[other] for row in rows) / ours:.2f}" if ours else "-"
 
 
 def scale_part(rows: Rows) -> list[str]:
@@ -365,6 +380,8 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the page; returns 0."""
+    if not args.results.is_dir():
+        raise SystemExit(f"expected a folder with results, found none at {args.results}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(markdown(args.results))
     print(args.out)

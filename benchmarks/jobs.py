@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,12 @@ def run(
             progress.update()
 
     with progress, ThreadPoolExecutor(max(1, parallel)) as pool:
-        for finished in [pool.submit(work, job) for job in left]:
-            finished.result()
+        try:
+            for finished in [pool.submit(work, job) for job in left]:
+                finished.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # an interruption ends what runs, and begins nothing more
+            raise
     return kept
 
 
@@ -92,7 +97,11 @@ def read(path: Path) -> list[Line]:
     """The lines of a file, none if it does not exist; one cut short is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+    found: list[Line] = []
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def emit(line: Mapping[str, Any]) -> None:

@@ -76,8 +76,13 @@ class Observed:
 def observe(module: nn.Module, inputs: tuple[Any, ...]) -> Observed:
     """Run a module once, eagerly, and see what it does."""
     watch = _Watch(module, inputs)
-    with torch.no_grad(), watch:
-        module(*inputs)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator would hide the products of attention
+    try:
+        with torch.no_grad(), watch:
+            module(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return watch.observed()
 
 

@@ -247,7 +247,12 @@ def scale_part(rows: Sequence[Row]) -> Part:
             axes.set(xlabel=label, ylabel="seconds")
             axes.legend(frameon=False)
 
+        def draw_memory(axes: Any, points: list[Row] = points, key: str = key, label: str = label) -> None:
+            axes.loglog([p[key] for p in points], [max(p["memory"], 1) / 1e6 for p in points], marker="o")
+            axes.set(xlabel=label, ylabel="MB")
+
         plots.append(drawn(f"Compile time of the {family} nets", draw))
+        plots.append(drawn(f"Memory that compiling the {family} nets takes", draw_memory))
     heads = ("family", "stage", "slope")
     lines = [
         (family, stage, f"{value:.2f}")

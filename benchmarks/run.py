@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks import cases, jobs, observe, speed, zoo
 from benchmarks.arms import ARMS, SAME_MASKS, Arm, ArmError, Subject, build
 from benchmarks.cases import Case, Mask, Record
-from benchmarks.measure import describe, relative_error
+from benchmarks.measure import MAX_ERROR32, describe, relative_error
 
 OUT = jobs.RESULTS / "run.json"
 
@@ -47,10 +47,12 @@ def run(case: Case, arms: Sequence[str], rounds: int) -> Iterator[Record]:
     for name in arms:
         record = Record(case, name, on)
         try:
-            made[name] = build(name, subject)
+            arm = build(name, subject)
+            made[name] = replace(arm, module=cases.placed(arm.module, case))
             known[name] = _looked_at(record, made[name], subject, case)
         except ArmError as error:
             known[name] = replace(record, status="error", exception=describe(error))
+    torch.compiler.reset()
     runnable = {name: _compiled(arm.module, case) for name, arm in made.items()}
     taken = time_arms(runnable, inputs, rounds, case.device) if runnable else {}
     for name in arms:
@@ -107,7 +109,6 @@ def _cuda_peak(module: nn.Module, inputs: tuple[Any, ...]) -> int:
 def _compiled(module: nn.Module, case: Case) -> Any:
     if case.mode == "eager":
         return module
-    torch.compiler.reset()  # the arms of a network share code: its cache must not run out of entries
     return torch.compile(module, dynamic=False)
 
 
@@ -166,7 +167,7 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--models", nargs="+", choices=zoo.ALL, metavar="NAME", default=speed.MODELS)
     made.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     made.add_argument("--criteria", nargs="+", choices=cases.CRITERIA, default=["l2"])
-    made.add_argument("--amounts", nargs="+", type=float, default=[0.5])
+    made.add_argument("--amounts", nargs="+", type=cases.amount, default=[0.5], metavar="SHARE")
     made.add_argument("--sides", nargs="+", choices=["input", "output", "both"], default=["input"])
     made.add_argument("--scopes", nargs="+", choices=cases.SCOPES, default=["local"])
     made.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -178,7 +179,7 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--threads", nargs="+", type=int, default=[1])
     made.add_argument("--resolution", type=int, help="image size in pixels (default: each network's own)")
     made.add_argument("--small", action="store_true", help="the least resolution each network accepts")
-    made.add_argument("--rounds", type=int, default=20, help="timed calls of each arm, at least 2")
+    made.add_argument("--rounds", type=cases.rounds, default=20, help="timed calls of each arm, at least 2")
     made.add_argument("--worker", metavar="CASE", help=argparse.SUPPRESS)
 
 
@@ -189,6 +190,8 @@ def main(args: argparse.Namespace) -> int:
             jobs.emit(record.to_dict())
         return 0
     todo = [job(case, args.arms, args.rounds) for case in plan(args)]
+    if "cuda" in args.devices and not torch.cuda.is_available():
+        raise SystemExit("expected a CUDA device for --devices cuda, found none")
     # One at a time, whatever --jobs says: these are timed.
     lines = jobs.run(todo, args.out.with_suffix(".jsonl"), timeout=args.timeout, resume=args.resume, what="run")
     return finish(lines, args.out)
@@ -212,11 +215,16 @@ def differences(record: Record) -> str:
     """What is wrong with a record, in words; "" if nothing is. An arm that cannot be made is not."""
     if record.status != "ok" or record.case.device != "cpu":
         return ""
+    exact = record.same_function and record.case.dtype in ("float32", "float64")
+    if exact and record.error is not None and not record.error <= MAX_ERROR32:
+        return f"outputs differ by {record.error:.1e} from the masked network's, over {MAX_ERROR32:.0e}"
     if record.agree is None:
         return ""
     if not record.agree:
         return f"planned {record.planned}, observed {record.observed}"
     seen = record.profiled or {}
-    if record.arm != "upscale" and seen.get("selections") != (record.observed or {}).get("copies"):
+    observed = record.observed or {}
+    by_profiler = (seen.get("selections"), seen.get("selected_bytes"))
+    if record.arm != "upscale" and by_profiler != (observed.get("copies"), observed.get("bytes")):
         return f"observed {record.observed}, the profiler saw {record.profiled}"
     return ""

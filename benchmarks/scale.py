@@ -199,6 +199,8 @@ def main(args: argparse.Namespace) -> int:
             for size in args.sizes:
                 jobs.emit(measure(family, size))
         return 0
+    if "dense" in args.families and (unknown := sorted({*args.sizes} - {*_DENSE} if args.sizes else ())):
+        raise SystemExit(f"expected sizes of dense nets among {', '.join(map(str, _DENSE))}, found {unknown}")
     todo = [job(family, size) for family in args.families for size in args.sizes or FAMILIES[family][1]]
     # One at a time: their seconds are reported.
     lines = jobs.run(todo, args.out.with_suffix(".jsonl"), timeout=args.timeout, resume=args.resume, what="scale")

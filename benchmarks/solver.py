@@ -276,7 +276,7 @@ def size(text: str) -> tuple[int, int]:
     (256, 16)
     """
     channels, _, readers = text.partition("x")
-    if not (channels.isdecimal() and readers.isdecimal()):
+    if not (channels.isdecimal() and readers.isdecimal() and int(channels) and int(readers)):
         raise argparse.ArgumentTypeError(f"expected CHANNELSxREADERS, as in 256x16, found {text!r}")
     return int(channels), int(readers)
 

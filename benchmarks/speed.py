@@ -20,14 +20,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import peers, zoo
+from benchmarks import cases, peers, zoo
 from benchmarks.grid import table
 from benchmarks.masks import Setting, build_masked
 from benchmarks.measure import MAX_ERROR32, relative_error
@@ -174,14 +174,21 @@ def measure(name: str, *, amount: float, rounds: int, resolution: int | None) ->
 
 def machine() -> dict[str, str]:
     """What the figures were taken on."""
-    names = ("torch", "torchvision", "numpy", "ortools", "apple-upscale")
+    names = ("torch", "torchvision", "timm", "numpy", "ortools", "apple-upscale", "torch-pruning")
     return {
         "processor": clock.processor(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "threads": str(torch.get_num_threads()),
-        **{name: version(name) for name in names},
+        **{name: _version(name) for name in names},
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def markdown(timings: Sequence[Timing], on: dict[str, str], conditions: str) -> str:
@@ -216,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=(__doc__ or "").split("\n")[0])
     made.add_argument("--models", nargs="+", choices=zoo.ALL, metavar="NAME", default=MODELS)
     made.add_argument("--amount", type=float, default=0.5, help="fraction of input channels masked")
-    made.add_argument("--rounds", type=int, default=40, help="timed calls of each arm, at least 2")
+    made.add_argument("--rounds", type=cases.rounds, default=40, help="timed calls of each arm, at least 2")
     made.add_argument("--resolution", type=int, help="image size in pixels (default: the network's own)")
     made.add_argument("--out", type=Path, default=OUT)
     return made

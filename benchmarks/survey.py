@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import chanopt
-from benchmarks import jobs, peers, zoo
+from benchmarks import cases, jobs, peers, zoo
 from benchmarks.arms import Copies, plans
 from benchmarks.masks import Side, mask
 from benchmarks.measure import describe
@@ -124,7 +124,7 @@ def _upscale(model: nn.Module, inputs: tuple[Any, ...], raised: str) -> dict[str
         return {"upscale": None, "upscale_exception": f"not tried again after {raised}"}
     try:
         exported = peers.export(model, inputs)
-    except peers.PeerError as error:
+    except (peers.PeerError, ImportError) as error:
         return {"upscale": None, "upscale_exception": describe(error, limit=160)}
     counts = exported.counts
     return {
@@ -175,7 +175,7 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     made.add_argument("--models", nargs="+", choices=zoo.ALL, metavar="NAME", default=zoo.ALL)
     made.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
-    made.add_argument("--amounts", nargs="+", type=float, default=AMOUNTS)
+    made.add_argument("--amounts", nargs="+", type=cases.amount, default=AMOUNTS, metavar="SHARE")
     made.add_argument("--small", action="store_true", help="the least resolution each network accepts")
     made.add_argument("--no-peer", dest="peer", action="store_false", help="do not run UPSCALE itself")
     made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -154,8 +154,9 @@ def _torch_pruning(subject: Subject) -> Arm:
 
 def _pruned(library: Any, subject: Subject, ratio: float) -> nn.Module:
     model = copy.deepcopy(_original(subject))
-    # Classifiers keep their classes: a last layer is one whose output nobody reads.
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    # Classifiers keep their classes; where there is no linear layer, the last conv is the classifier.
+    layers = list(model.modules())
+    last = [m for m in layers if isinstance(m, nn.Linear)][-1:] or [m for m in layers if isinstance(m, nn.Conv2d)][-1:]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -113,7 +114,9 @@ def _bench(words: Sequence[str]) -> int:
             "expected a source tree with benchmarks/, found an installed wheel; clone the repository and run "
             "`make bench` there"
         )
-    return subprocess.call([sys.executable, "-m", "benchmarks", *words], cwd=tree)
+    # Not in the tree's own folder: paths among the words are the caller's.
+    search = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
+    return subprocess.call([sys.executable, "-m", "benchmarks", *words], env={**os.environ, "PYTHONPATH": search})
 
 
 def _reading() -> argparse.ArgumentParser:

@@ -48,6 +48,33 @@ def test_older_commands_keep_their_own_grammar(called: list[Any]) -> None:
     assert called == [("speed", ["--models", "resnet18"])]
 
 
+@pytest.mark.parametrize("name", [".", "x.csv", "x.jsonl", "/proc/none/x.json"])
+def test_where_nothing_can_be_written_is_said_before_anything_is_measured(
+    name: str, called: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["run", "--out", str(tmp_path / name)])
+    assert not called
+    assert "argument --out: " in capsys.readouterr().err
+    assert command.main(["run", "--out", str(tmp_path / "new" / "x.json")]) == 3
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_pages_are_not_made_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="expected a folder with results"):
+        command.main(["docs", "--results", str(tmp_path / "typo"), "--out", str(tmp_path / "x.md")])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["run", "--rounds", "1"], ["run", "--amounts", "1.5"], ["survey", "--amounts", "x"], ["solver", "--sizes", "0x0"]],
+)
+def test_words_that_mean_nothing_are_refused(words: list[str], called: list[Any]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(words)
+    assert not called
+
+
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--help"]) == 0
     printed = capsys.readouterr().out

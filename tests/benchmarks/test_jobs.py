@@ -61,6 +61,26 @@ def test_a_job_that_died_is_run_again_as_a_whole(script: str, tmp_path: Path) ->
     assert lines == [{"job": "a", "status": "ok", "what": "lives"}]
 
 
+def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.jsonl"
+    path.write_text('{"job": "a", "status": "ok"}\n{"job": "b", "case": {"x": 1}\n{"job": "c", "sta')
+    assert jobs.read(path) == [{"job": "a", "status": "ok"}]
+
+
+def test_an_interruption_begins_no_further_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def interrupted(job: jobs.Job, timeout: float) -> list[jobs.Line]:
+        begun.append(job.key)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "_run_one", interrupted)
+    todo = [jobs.Job(str(number), ()) for number in range(50)]
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run(todo, tmp_path / "jobs.jsonl")
+    assert len(begun) < 50
+
+
 def test_lists_are_written_a_line_each_and_as_a_table(tmp_path: Path) -> None:
     jobs.write(tmp_path / "out.json", [{"a": 1}, {"b": 2, "c": {"d": 3}}])
     assert (tmp_path / "out.json").read_text() == '[\n{"a": 1},\n{"b": 2, "c": {"d": 3}}\n]\n'

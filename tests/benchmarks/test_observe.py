@@ -67,6 +67,14 @@ def test_a_table_of_the_network_itself_is_no_copy() -> None:
     assert observe(Table(), (torch.randn(4, 3),)).copies == Copies()
 
 
+def test_attention_is_counted_though_torch_would_run_it_as_one_operator() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    seen = observe(layer, (torch.randn(2, 5, 8),))
+    # Projections of queries, keys and values, and of the output; two linear layers; ten tokens.
+    assert seen.macs.dense == 10 * (3 * 8 * 8 + 8 * 8 + 2 * 8 * 16)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_the_peak_is_what_is_alive_at_once() -> None:
     # A ReLU keeps its operand while it makes its result; nothing else stays.
     chain = nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU(), nn.ReLU())

@@ -48,7 +48,7 @@ def record(arm: str, ratio: float, amount: float = 0.5) -> Record:
         planned=copies,
         observed=copies,
         agree=True,
-        profiled={"selections": 3},
+        profiled={"selections": 3, "selected_bytes": 36_000_000, "hidden_bytes": 0},
         macs={"dense": 2_000_000, "exact": 1_000_000, "flux": 1_500_000, "flux_adds": 1},
         parameters=4_000_000,
         peak_bytes=1_000_000,
@@ -129,7 +129,7 @@ def test_the_page_shows_every_part_and_keeps_bad_rows(folder: Path) -> None:
     assert "- vgg11, input 50%: chanopt copies 5,000,000 bytes, greedy 4,000,000; " in text
     assert "| resnet18 | 100.0 [90.0, 110.0] | 40.0 [36.0, 44.0] | 0.40 [0.36, 0.44] |" in text
     assert "- against dense: geometric mean 1.200; slower on resnet18" in text
-    assert "The copies that the operators made were those planned in 4 of 4 runs" in text
+    assert "The selections that the operators made were those planned in 4 of 4 runs" in text
     assert "| chain | 64 x 8 | 2 | 2 | 0.0% | 1.50 | 2.00 | 0.500 | 0.500 |" in text
     assert "| corpus | all | 1 | 1 | 0.0% | 1.20 | 2.00 |" in text
     assert "capture 1.00, solver 0.00, rest 1.00" in text

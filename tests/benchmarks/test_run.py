@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import cases, run, zoo
+from benchmarks.arms import Subject, build
 from benchmarks.cases import Case, Mask, Record
 
 CASE = Case("squeezenet1_1", Mask(), 64)
@@ -75,7 +76,10 @@ def test_an_arm_that_cannot_be_made_is_a_record_too() -> None:
     [
         ({"agree": False}, "planned {'copies': 0"),
         ({"profiled": {"selections": 1}}, "the profiler saw {'selections': 1}"),
+        ({"profiled": {"selections": 0, "selected_bytes": 8}}, "'selected_bytes': 8"),
         ({"agree": None, "profiled": None}, ""),
+        ({"error": 1e-3}, "outputs differ by 1.0e-03"),
+        ({"error": 1e-3, "same_function": False}, ""),
         ({"agree": False, "case": replace(CASE, device="cuda")}, ""),
     ],
 )
@@ -83,6 +87,27 @@ def test_a_plan_that_is_not_what_happened_is_told(changes: dict[str, Any], said:
     told = run.differences(replace(records[0], **changes))
     assert said in told
     assert bool(said) == bool(told)
+
+
+def test_arms_are_run_in_the_layout_of_their_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UPSCALE and Torch-Pruning cut weights into contiguous ones, which a conv in channels last copies at each call."""
+    timed: dict[str, nn.Module] = {}
+    monkeypatch.setattr(run, "time_arms", lambda arms, *_: timed.update(arms) or {})
+    list(run.run(replace(CASE, layout="channels_last"), ["naive", "upscale", "torch_pruning", "chanopt"], 2))
+    assert len(timed) == 4
+    for name, module in timed.items():
+        images = [p for p in module.parameters() if p.ndim == 4]
+        assert images, name
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in images), name
+
+
+def test_torch_pruning_keeps_the_classes_of_a_classifier_that_is_a_conv() -> None:
+    masked, original = cases.networks(CASE)
+    subject = Subject(masked, cases.inputs(CASE), original)
+    arm = build("torch_pruning", subject)
+    with torch.no_grad():
+        assert arm.module(*subject.inputs).shape == (1, 1000)
+    assert sum(p.numel() for p in arm.module.parameters()) < 0.8 * sum(p.numel() for p in original.parameters())
 
 
 def parsed(*words: str) -> argparse.Namespace:
