@@ -73,8 +73,9 @@ def copies_part(rows: Rows) -> list[str]:
         "we implement it, *UPSCALE* the exporter itself (a dash: it raises). Both plans cut what no layer reads; they "
         "see no masked outputs, and copy where the model shuffles channels. Sums are over the networks that UPSCALE "
         "runs, in megabytes; *fewer*, *as many* and *more* compare chanopt's bytes with the greedy order's. (In dense "
-        "nets chanopt gathers the pieces of a concat one by one: more copies of fewer bytes.) *optimise* does without torch.export, which comes before it; *UPSCALE* traces by itself, and that is in its time. Both "
-        "were timed while another network was surveyed.",
+        "nets chanopt gathers the pieces of a concat one by one: more copies of fewer bytes.) *optimise* does without "
+        "torch.export, which comes before it; *UPSCALE* traces by itself, and that is in its time. Both were timed "
+        "while another network was surveyed.",
         table(_COPY_HEADS, [_copy_totals(rows, *setting) for setting in _settings(rows)]),
         "Every network with half of the input channels of each layer masked:",
         table(NETWORK_HEADS, map(network_line, half)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -115,6 +116,7 @@ class Lowering:
     aliases: dict[tuple[str, int], Value] = field(default_factory=dict)
     sources: dict[str, Scalar] = field(default_factory=dict)
     hints: dict[str, int] = field(default_factory=dict)
+    symbol: str = ""
 
     # -- building -------------------------------------------------------------------------------------------------
 
@@ -149,14 +151,16 @@ class Lowering:
         self.hints |= {s: hint for s, hint in zip(call.shape, call.hint, strict=True) if isinstance(s, str)}
         if axis is None:
             return Value(name, dtype, call.shape)
-        channels = call.hint[axis]
-        numel = self.batch
-        for position, size in enumerate(call.hint):
-            if position != axis and not (position == 0 and isinstance(call.shape[0], str)):
-                numel *= size
-        if not call.shape or not isinstance(call.shape[0], str):
-            numel //= self.batch
-        return Value(name, dtype, call.shape, axis, Layout.identity(channels), numel * call.dtype.itemsize)
+        sizes = list(map(self._for_example, call.shape, call.hint))
+        numel = math.prod(sizes[:axis]) * math.prod(sizes[axis + 1 :])
+        return Value(name, dtype, call.shape, axis, Layout.identity(call.hint[axis]), numel * call.dtype.itemsize)
+
+    def _for_example(self, size: int | str, hint: int) -> int:
+        """A size for the example's batch: the trace is of another one, which a reshape may have moved anywhere."""
+        if isinstance(size, int) or set(_SYMBOL.findall(size)) != {self.symbol}:
+            return hint
+        traced = self.hints[self.symbol]
+        return hint // traced * self.batch if hint % traced == 0 else hint
 
     def literal(self, arg: Any) -> Arg:
         """An argument as it stands in the IR: whole reads of values, parameters, literals."""
@@ -265,6 +269,8 @@ class Lowering:
             return example
         call = _call(node, "input", (str(node.target),), {})
         value = self.add(call, Kind.SOURCE, call.args, None)
+        if not self.symbol and call.shape and isinstance(call.shape[0], str):
+            self.symbol = call.shape[0]  # the batch
         for axis, (size, hint) in enumerate(zip(call.shape, call.hint, strict=True)):
             if isinstance(size, str) and size not in self.sources:
                 self.sources[size] = self._size(value, axis, hint)
