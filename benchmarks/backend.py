@@ -227,7 +227,7 @@ def _mean(spreads: Sequence[Spread]) -> float:
 def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     made.add_argument(
-        "--models", nargs="+", choices=zoo.ALL, metavar="NAME", help="networks (default: each part's own)"
+        "--models", nargs="+", type=zoo.network, metavar="NAME", help="networks (default: each part's own)"
     )
     made.add_argument("--part", choices=("right", "speed", "both"), default="both")
     made.add_argument("--amount", type=float, default=0.5, help="fraction of channels masked")
@@ -283,7 +283,9 @@ def _work(args: argparse.Namespace) -> int:
 def finish(lines: Sequence[jobs.Line], out: Path, amount: float) -> int:
     """Write the record and its page, print the page and what is not right; returns the exit code."""
     order = {name: place for place, name in enumerate(zoo.ALL)}
-    found = sorted((line for line in lines if "row" in line), key=lambda line: order[line["row"]["model"]])
+    found = sorted(
+        (line for line in lines if "row" in line), key=lambda line: order.get(line["row"]["model"], len(order))
+    )
     checked = [Right(**line["row"]) for line in found if line["part"] == "right"]
     timed = [Speed.read(line["row"]) for line in found if line["part"] == "speed"]
     lost = [f"{line['job']}: {line['exception']}" for line in lines if "row" not in line]

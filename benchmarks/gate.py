@@ -90,7 +90,7 @@ def job(name: str) -> jobs.Job:
 
 def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
-    made.add_argument("--models", nargs="+", choices=zoo.ALL, metavar="NAME", help="default: those of the smoke cut")
+    made.add_argument("--models", nargs="+", type=zoo.network, metavar="NAME", help="default: those of the smoke cut")
     made.add_argument("--all", action="store_true", help="the whole zoo")
     made.add_argument("--update", action="store_true", help="write the counts instead of comparing")
     made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

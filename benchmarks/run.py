@@ -164,7 +164,7 @@ def job(case: Case, arms: Sequence[str], rounds: int) -> jobs.Job:
 
 def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
-    made.add_argument("--models", nargs="+", choices=zoo.ALL, metavar="NAME", default=speed.MODELS)
+    made.add_argument("--models", nargs="+", type=zoo.network, metavar="NAME", default=speed.MODELS)
     made.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     made.add_argument("--criteria", nargs="+", choices=cases.CRITERIA, default=["l2"])
     made.add_argument("--amounts", nargs="+", type=cases.amount, default=[0.5], metavar="SHARE")

@@ -221,7 +221,7 @@ def verdicts(timings: Sequence[Timing]) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--models", nargs="+", choices=zoo.ALL, metavar="NAME", default=MODELS)
+    made.add_argument("--models", nargs="+", type=zoo.network, metavar="NAME", default=MODELS)
     made.add_argument("--amount", type=float, default=0.5, help="fraction of input channels masked")
     made.add_argument("--rounds", type=cases.rounds, default=40, help="timed calls of each arm, at least 2")
     made.add_argument("--resolution", type=int, help="image size in pixels (default: the network's own)")

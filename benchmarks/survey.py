@@ -173,7 +173,7 @@ def job(
 
 def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
-    made.add_argument("--models", nargs="+", choices=zoo.ALL, metavar="NAME", default=zoo.ALL)
+    made.add_argument("--models", nargs="+", type=zoo.network, metavar="NAME", default=zoo.ALL)
     made.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     made.add_argument("--amounts", nargs="+", type=cases.amount, default=AMOUNTS, metavar="SHARE")
     made.add_argument("--small", action="store_true", help="the least resolution each network accepts")
@@ -199,7 +199,8 @@ def finish(rows: Sequence[jobs.Line], out: Path) -> int:
     """Write the rows and print those that are not right; returns the exit code."""
     order = {name: place for place, name in enumerate(zoo.ALL)}
     done = sorted(
-        (row for row in rows if "model" in row), key=lambda row: (row["side"], order[row["model"]], row["amount"])
+        (row for row in rows if "model" in row),
+        key=lambda row: (row["side"], order.get(row["model"], len(order)), row["amount"]),
     )
     jobs.write(out, done)
     wrong = [(row, found) for row in done if (found := differences(row))]

@@ -158,7 +158,7 @@ def setting(text: str) -> Setting:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--models", nargs="+", choices=zoo.ALL, metavar="NAME", help="default: all of the zoo")
+    made.add_argument("--models", nargs="+", type=zoo.network, metavar="NAME", help="default: all of the zoo")
     made.add_argument("--settings", nargs="+", type=setting, metavar="SIDE:AMOUNT", help="default: all five")
     made.add_argument("--small", action="store_true", help="the least resolution each network accepts")
     made.add_argument("--smoke", action="store_true", help="a few networks, small, two settings")

@@ -1,4 +1,4 @@
-"""The zoo: 68 networks of torchvision and timm, built so that comparing their outputs means something.
+"""The zoo: 68 networks of torchvision and timm, and others by name, built so that comparing outputs means something.
 
 `build` gives an evaluation-mode network with seeded random weights. No pretrained weights are used: what is
 compared is a model with itself. But a freshly initialised network in eval mode often computes a constant, or
@@ -12,10 +12,12 @@ at every layer and different inputs give visibly different outputs.
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import functools
 import importlib
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -153,15 +155,51 @@ ENTRIES: Mapping[str, Entry] = {
 }
 
 
+@functools.cache
 def entry(name: str) -> Entry:
-    """The entry of a network of the zoo.
+    """The entry of a network: of the zoo, or made for any other classifier of torchvision or timm.
 
     Raises:
-        KeyError: there is no such network; the message lists the names.
+        KeyError: there is no such network; the message lists those of the zoo.
     """
-    if name not in ENTRIES:
-        raise KeyError(f"no network {name!r} in the zoo; there are: {', '.join(sorted(ENTRIES))}")
-    return ENTRIES[name]
+    found = ENTRIES.get(name) or _elsewhere(name)
+    if found is None:
+        raise KeyError(
+            f"no network {name!r} in torchvision or timm; those of the zoo are: {', '.join(sorted(ENTRIES))}"
+        )
+    return found
+
+
+def _elsewhere(name: str) -> Entry | None:
+    """The entry of a network that is not in the zoo, at the one size that its library trained it for."""
+    ensure_torchvision()
+    models = importlib.import_module("torchvision.models")
+    if name in models.list_models(module=models):
+        return Entry(name, small=224)
+    if name in models.list_models(module=models.segmentation):
+        return Entry(name, small=224, options=_without_backbone_weights)
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError:
+        return None
+    if not timm.is_model(name):
+        return None
+    trained = timm.get_pretrained_cfg(name)
+    size = trained.input_size[-1] if trained is not None else 224
+    return Entry(name, library="timm", resolution=size, small=size)
+
+
+def network(text: str) -> str:
+    """Parse a network's name, for command lines.
+
+    >>> network("resnet18")
+    'resnet18'
+    """
+    with suppress(KeyError):
+        return entry(text).name
+    near = difflib.get_close_matches(text, ENTRIES, 3)
+    said = f"; did you mean {', '.join(near)}?" if near else ""
+    raise argparse.ArgumentTypeError(f"expected a classifier of torchvision or timm, found {text!r}{said}")
 
 
 def build(name: str, *, resolution: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 from torch import nn
 
+import chanopt
 from benchmarks import zoo
+from benchmarks.masks import Setting, build_masked
+from benchmarks.measure import relative_error
 from chanopt import torchvision_shim
 
 
@@ -15,8 +20,27 @@ def test_the_lists_are_the_58_surveyed_networks_and_ten_of_timm() -> None:
 
 
 def test_an_unknown_network_is_named_with_the_known_ones() -> None:
-    with pytest.raises(KeyError, match=r"no network 'resnet19' in the zoo; there are: alexnet.*resnet18"):
+    with pytest.raises(KeyError, match=r"no network 'resnet19' in torchvision or timm; those of.*: alexnet.*resnet18"):
         zoo.build("resnet19")
+    with pytest.raises(argparse.ArgumentTypeError, match="found 'resnet19'; did you mean resnet1"):
+        zoo.network("resnet19")
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "resolution"),
+    [("regnet_x_800mf", "torchvision", 224), ("fcn_resnet101", "torchvision", 224), ("resnet10t", "timm", 176)],
+)
+def test_other_networks_of_the_libraries_are_found_by_name(name: str, library: str, resolution: int) -> None:
+    found = zoo.entry(zoo.network(name))
+    assert (found.name, found.library, found.resolution) == (name, library, resolution)
+
+
+def test_a_network_that_is_not_in_the_zoo_is_built_and_optimised() -> None:
+    model = build_masked("resnet10t", Setting("input", 0.5), 64)
+    inputs = zoo.example_inputs("resnet10t", 2, 64)
+    fast = chanopt.optimize(model, inputs)
+    assert relative_error(model, fast, inputs) < 1e-4
+    assert chanopt.explain(fast).macs_after < 0.6 * chanopt.explain(fast).macs_before
 
 
 QUICK = (
