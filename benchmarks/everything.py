@@ -20,17 +20,19 @@ SMOKE = jobs.RESULTS / "smoke"
 
 _SMOKE_MODELS = ("squeezenet1_1", "resnet18", "shufflenet_v2_x0_5")
 _SMOKE_SIZES = ((64, 8),)
-_INDUCTOR = ("resnet18", "mobilenet_v2")
+_TWO = ("resnet18", "mobilenet_v2")
+_MORE_AMOUNTS = (0.3, 0.7)
 _ROUNDS = 20
 
 
 def speed_jobs(*, smoke: bool) -> list[jobs.Job]:
-    """What is timed: eight networks eagerly with every arm, and two of them compiled by Inductor."""
+    """What is timed: eight networks eagerly with every arm; two of them by Inductor as well, and at more amounts."""
     if smoke:
         return [run.job(Case("resnet18", resolution=zoo.entry("resnet18").small), ARMS, 3)]
     eager = [Case(name, Mask(), zoo.entry(name).resolution) for name in speed.MODELS]
-    compiled = [Case(name, Mask(), zoo.entry(name).resolution, "inductor") for name in _INDUCTOR]
-    return [*(run.job(case, ARMS, _ROUNDS) for case in eager), *(run.job(case, ARMS, _ROUNDS) for case in compiled)]
+    compiled = [Case(name, Mask(), zoo.entry(name).resolution, "inductor") for name in _TWO]
+    curves = [Case(name, Mask(amount=share), zoo.entry(name).resolution) for name in _TWO for share in _MORE_AMOUNTS]
+    return [run.job(case, ARMS, _ROUNDS) for case in (*eager, *compiled, *curves)]
 
 
 def survey_jobs(*, smoke: bool) -> list[jobs.Job]:
