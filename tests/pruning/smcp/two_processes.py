@@ -35,6 +35,10 @@ def main(rank: int, meeting: str, result: Path, mode: str) -> None:
         found["error"] = str(error)
     found["local"] = {name: score.tolist() for name, score in local_scores(pruner).items()}
     result.write_text(json.dumps(found))
+    # DDP's threads end before those of the group, and no process takes the group down while the other still uses it:
+    # torch aborts a process, once in a while, whose threads are left running.
+    del wrapped
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
