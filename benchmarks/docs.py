@@ -336,8 +336,8 @@ def gate_part(rows: Mapping[str, Row]) -> list[str]:
         f"{totals['segments']:,} segments proven optimal, {totals['copies']:,} copies of "
         f"{_mega(totals['copied_bytes'])} MB, {_number(totals['macs'], 1, 1e-9)} of "
         f"{_number(totals['macs_dense'], 1, 1e-9)} GMACs and {_number(totals['parameters'], 1, 1e-6)} of "
-        f"{_number(totals['parameters_dense'], 1, 1e-6)} M parameters stay. CI fails if a count of the smoke cut "
-        "differs."
+        f"{_number(totals['parameters_dense'], 1, 1e-6)} M parameters stay. `python -m benchmarks gate` fails if "
+        "a count differs; the tests ask it of three networks."
     ]
 
 

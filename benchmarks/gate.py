@@ -1,6 +1,6 @@
 """Counts of the zoo against the committed ones: copies, bytes, multiplications, parameters, optimality.
 
-    python -m benchmarks gate               # the networks of the smoke cut; CI runs this
+    python -m benchmarks gate               # the networks of the smoke cut; the tests run three of them
     python -m benchmarks gate --all         # the whole zoo
     python -m benchmarks gate --all --update
 

@@ -1,4 +1,4 @@
-"""The committed counts, and that they still hold: on two networks here, on those of the smoke cut in CI."""
+"""The committed counts, and that they still hold: on two networks here, on three in the smoke form of all benchmarks."""
 
 from __future__ import annotations
 
