@@ -12,7 +12,7 @@ import argparse
 import csv
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ NETWORK_HEADS = (
 )
 """The columns of `network_line`."""
 DOING_HEADS = (
-    *("network", "run", "arm", "copies", "MB copied", "re-laid out", "inside convs", "MMACs dense", "exact", "Flux"),
+    *("network", "arm", "copies", "MB copied", "re-laid out", "inside convs", "MMACs dense", "exact", "Flux"),
     *("parameters, M", "peak MB", "make, s", "error"),
 )
 """The columns of `doing`."""
@@ -161,12 +161,17 @@ def speed_part(rows: Rows) -> list[str]:
     """Latencies, ratios, and whether the copies seen are those planned."""
     records = [Record.of(row) for row in rows]
     parts: list[str] = [_machine(records[0].machine)]
-    cases: dict[str, list[Record]] = {}
+    for conditions, part in by_conditions(records).items():
+        parts += [f"### {conditions}", _latencies(part), *_verdicts(part), "What the arms do:", _doings(part)]
+    return [*parts, "### Copies, planned and seen", *_agreement(records)]
+
+
+def by_conditions(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by how they were run."""
+    found: dict[str, list[Record]] = {}
     for record in records:
-        cases.setdefault(conditions_of(record), []).append(record)
-    for conditions, part in cases.items():
-        parts += [f"### {conditions}", _latencies(part), *_verdicts(part)]
-    return [*parts, "### What the arms do", _doings(records), *_agreement(records)]
+        found.setdefault(conditions_of(record), []).append(record)
+    return found
 
 
 def _machine(machine: Mapping[str, str]) -> str:
@@ -230,7 +235,6 @@ def doing(record: Record) -> list[str]:
     planned, macs = record.planned or {}, record.macs or {}
     return [
         name_of(record),
-        conditions_of(record),
         record.arm,
         _count(planned.get("copies")),
         _mega(planned.get("bytes")),

@@ -125,8 +125,7 @@ def speed_part(rows: Sequence[Row]) -> Part:
     records = [Record.of(row) for row in rows]
     timed = [record for record in records if record.latency_ms]
     plots: list[Plot] = []
-    for conditions in dict.fromkeys(map(docs.conditions_of, timed)):
-        part = [record for record in timed if docs.conditions_of(record) == conditions]
+    for conditions, part in docs.by_conditions(timed).items():
         models = list(dict.fromkeys(record.case.model for record in part))
         caption = f"Latency as a share of the masked network's: {conditions}"
         plots.append(drawn(caption, _bars(part, models), (9.0, 1.2 + 0.5 * len(models))))
@@ -136,8 +135,11 @@ def speed_part(rows: Sequence[Row]) -> Part:
             plots.append(drawn(f"{model}: latency by the share that is masked", _lines(mine)))
         if any(record.accuracy is not None for record in mine):
             plots.append(drawn(f"{model}: accuracy and latency", _pareto(mine)))
-    lines = [docs.doing(record) for record in records if record.status == "ok"]
-    return Part("Speed", plots, [Table("What the arms do", docs.DOING_HEADS, lines)])
+    made = docs.by_conditions(record for record in records if record.status == "ok")
+    tables = [
+        Table(f"What the arms do: {way}", docs.DOING_HEADS, list(map(docs.doing, mine))) for way, mine in made.items()
+    ]
+    return Part("Speed", plots, tables)
 
 
 def _bars(records: Sequence[Record], models: Sequence[str]) -> Draw:
