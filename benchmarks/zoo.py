@@ -203,10 +203,10 @@ def network(text: str) -> str:
 
 
 def build(name: str, *, resolution: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
-    """A network of the zoo with seeded random weights, calibrated, in eval mode, on the CPU.
+    """A network with seeded random weights, calibrated, in eval mode, on the CPU.
 
     Args:
-        name: one of `ALL`.
+        name: as for :func:`entry`.
         resolution: image size in pixels that it will be given; only some networks (transformers, detectors)
             depend on it. None means the size of its entry.
         dtype: dtype of its parameters and buffers. The weights for two dtypes agree to the last bit of the
@@ -251,7 +251,7 @@ def example_inputs(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[Any, ...]:
-    """Positional arguments for a network of the zoo: normal random images.
+    """Positional arguments for a network: normal random images.
 
     Returns:
         `(images,)` with images of shape (batch, 3, resolution, resolution), or for a detector `(list of
