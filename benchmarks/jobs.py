@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,14 +93,17 @@ def _ended_well(key: str, lines: Sequence[Line]) -> bool:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a file, none if it does not exist; one cut short is left out."""
+    """The lines of a file, none if it does not exist; a job that was cut short is left out as a whole."""
     if not path.exists():
         return []
-    found: list[Line] = []
-    for line in path.read_text().splitlines():
-        with suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+    lines = path.read_text().splitlines()
+    # Lines are only ever added, so that none but the last can be cut short.
+    found: list[Line] = [json.loads(line) for line in lines[:-1]]
+    try:
+        return [*found, *map(json.loads, lines[-1:])]
+    except json.JSONDecodeError:
+        # A job writes its lines at once: those before the one that was cut short may be its own.
+        return [line for line in found if line["job"] != found[-1]["job"]]
 
 
 def emit(line: Mapping[str, Any]) -> None:

@@ -61,10 +61,13 @@ def test_a_job_that_died_is_run_again_as_a_whole(script: str, tmp_path: Path) ->
     assert lines == [{"job": "a", "status": "ok", "what": "lives"}]
 
 
-def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_a_job_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "jobs.jsonl"
-    path.write_text('{"job": "a", "status": "ok"}\n{"job": "b", "case": {"x": 1}\n{"job": "c", "sta')
-    assert jobs.read(path) == [{"job": "a", "status": "ok"}]
+    whole = [{"job": "a", "status": "ok"}, {"job": "b", "status": "ok"}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in whole) + '{"job": "b", "case": {"x": 1}')
+    assert jobs.read(path) == whole[:1]
+    path.write_text('{"job": "a", "sta')
+    assert jobs.read(path) == []
 
 
 def test_an_interruption_begins_no_further_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
