@@ -34,7 +34,6 @@ import contextlib
 import copy
 import itertools
 import json
-import platform
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -48,6 +47,7 @@ from torch import Tensor, nn
 
 import chanopt
 from benchmarks import accuracy_page, digits, jobs, speed
+from benchmarks.machine import machine
 from benchmarks.measure import MAX_ERROR32
 from chanopt import Mask
 from chanopt.errors import AllocationError
@@ -159,7 +159,7 @@ class Subject:
 
     def __init__(self, name: str, seed: int, plan: Plan) -> None:
         self.name, self.seed, self.plan = name, seed, plan
-        self.on = machine()
+        self.on = where()
         self.net = digits.trained(name, seed, plan.epochs)
         # In NCHW a conv on 20 channels takes as long as one on 32, which no choice of channels changes.
         self.inputs = (digits.data().test[: plan.batch].contiguous(memory_format=torch.channels_last),)
@@ -275,10 +275,9 @@ class Subject:
         )
 
 
-def machine() -> dict[str, str]:
+def where() -> dict[str, str]:
     """Where a record was made, and with which versions."""
-    return speed.machine() | {
-        "node": platform.node(),
+    return machine() | {
         "scikit-learn": version("scikit-learn"),
         "chanopt": chanopt.__version__,
     }

@@ -35,9 +35,10 @@ from torch._inductor import config as inductor_config
 
 from benchmarks import jobs, peers, zoo
 from benchmarks.grid import table
+from benchmarks.machine import machine
 from benchmarks.masks import Setting, build_masked
 from benchmarks.measure import MAX_ERROR32, describe, relative_error
-from benchmarks.speed import COMPARED_HEADS, Arm, Compared, Spread, compared, machine, ratio, time_arms
+from benchmarks.speed import COMPARED_HEADS, Arm, Compared, Spread, compared, ratio, time_arms
 
 RIGHT: tuple[str, ...] = zoo.ALL
 FAST: tuple[str, ...] = ("resnet50", "densenet121", "googlenet", "mobilenet_v2")

@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks import gate, jobs, run, scale, solver, survey, zoo
 from benchmarks.cases import Record
 from benchmarks.grid import table
+from benchmarks.machine import told
 
 OUT = jobs.ROOT / "docs" / "results.md"
 
@@ -43,17 +44,17 @@ def load(folder: Path, name: str) -> Any:
 def markdown(folder: Path) -> str:
     """The whole page."""
     parts: list[tuple[str, str, Callable[[Any], list[str]], str]] = [
-        ("Copies, against UPSCALE", survey.OUT.name, copies_part, "survey"),
-        ("Speed on a CPU", run.OUT.name, speed_part, "run"),
-        ("Orders of channels", solver.OUT.name, solver_part, "solver"),
-        ("Compile time and memory", scale.OUT.name, scale_part, "scale"),
+        ("Copies, against UPSCALE", survey.OUT.name, copies_part, "--parts survey"),
+        ("Speed on a CPU", run.OUT.name, speed_part, "--parts speed"),
+        ("Orders of channels", solver.OUT.name, solver_part, "--parts solver"),
+        ("Compile time and memory", scale.OUT.name, scale_part, "--parts scale"),
         ("Counts that are gated", gate.GOLDENS.name, gate_part, "gate --all --update"),
     ]
-    page = [HEADING]
-    for heading, name, write, command in parts:
-        found = load(folder, name)
+    found = {heading: load(folder, name) for heading, name, _, _ in parts}
+    page = [HEADING, *measured_on({heading: rows for heading, rows in found.items() if isinstance(rows, list)})]
+    for heading, _, write, command in parts:
         page.append(f"## {heading}")
-        page += write(found) if found else [f"Not measured yet: `python -m benchmarks {command}`."]
+        page += write(found[heading]) if found[heading] else [f"Not measured yet: `python -m benchmarks {command}`."]
     page.append("## Correctness")
     page += sweep_part(folder / "sweep.csv")
     return "\n\n".join(page).replace("\n\n- ", "\n- ") + "\n"
@@ -160,7 +161,7 @@ def network_line(row: Row) -> list[str]:
 def speed_part(rows: Rows) -> list[str]:
     """Latencies, ratios, and whether the copies seen are those planned."""
     records = [Record.of(row) for row in rows]
-    parts: list[str] = [_machine(records[0].machine)]
+    parts: list[str] = []
     for conditions, part in by_conditions(records).items():
         parts += [f"### {conditions}", _latencies(part), *_verdicts(part), "What the arms do:", _doings(part)]
     return [*parts, "### Copies, planned and seen", *_agreement(records)]
@@ -174,8 +175,15 @@ def by_conditions(records: Iterable[Record]) -> dict[str, list[Record]]:
     return found
 
 
-def _machine(machine: Mapping[str, str]) -> str:
-    return "Measured on: " + ", ".join(f"{name} {value}" for name, value in machine.items() if name != "node") + "."
+def measured_on(parts: Mapping[str, Rows]) -> list[str]:
+    """On what machines the rows of each part were taken; one line if that was the same everywhere."""
+    found: dict[str, list[str]] = {}
+    for heading, rows in parts.items():
+        for on in dict.fromkeys(told(row["machine"]) for row in rows if "machine" in row):
+            found.setdefault(on, []).append(heading)
+    if len(found) == 1:
+        return [f"Measured on: {on}." for on in found]
+    return [f"- {', '.join(headings)}: measured on {on}." for on, headings in found.items()]
 
 
 def conditions_of(record: Record) -> str:

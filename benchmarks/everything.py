@@ -3,6 +3,7 @@
 python -m benchmarks                 # about an hour on two cores
 python -m benchmarks --smoke         # a cut of every part, within three minutes, to benchmarks/results/smoke
 python -m benchmarks --resume        # go on after an interruption
+python -m benchmarks --parts survey  # one part again; the pages are of what is there
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ _SMOKE_SIZES = ((64, 8),)
 _TWO = ("resnet18", "mobilenet_v2")
 _MORE_AMOUNTS = (0.3, 0.7)
 _ROUNDS = 20
+
+PARTS = ("speed", "solver", "scale", "survey", "gate")
+"""In the order in which they run: what is timed comes first."""
 
 
 def speed_jobs(*, smoke: bool) -> list[jobs.Job]:
@@ -60,6 +64,7 @@ def scale_jobs(*, smoke: bool) -> list[jobs.Job]:
 def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     made.add_argument("--smoke", action="store_true", help="a cut of every part")
+    made.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     made.add_argument("--results", type=Path, help="folder for the JSON (default: benchmarks/results, or smoke in it)")
     made.add_argument("--page", type=Path, help="where the HTML page goes (default: page.html among the JSON)")
 
@@ -83,7 +88,7 @@ def main(args: argparse.Namespace) -> int:
         ),
         ("gate", gate_jobs(smoke=args.smoke), args.jobs, lambda lines: gate.finish(lines, gate.GOLDENS, update=False)),
     ]
-    codes = [_step(*step, folder, args) for step in steps]
+    codes = [_step(*step, folder, args) for step in steps if step[0] in args.parts]
     written = args.out or (folder / "results.md" if args.smoke else docs.OUT)
     written.write_text(docs.markdown(folder))
     shown = args.page or folder / page.OUT.name

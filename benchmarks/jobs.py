@@ -19,8 +19,12 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
+from benchmarks.machine import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+MINE = RESULTS / "mine"
+"""Where a part that is run by itself leaves its results, unless told otherwise: not over the committed ones."""
 
 Line = dict[str, Any]
 _KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
@@ -107,8 +111,8 @@ def read(path: Path) -> list[Line]:
 
 
 def emit(line: Mapping[str, Any]) -> None:
-    """Print one line of a job's result."""
-    print(json.dumps({"status": "ok", **line}), flush=True)
+    """Print one line of a job's result; it says on what machine, if it does not already."""
+    print(json.dumps({"status": "ok", "machine": machine(), **line}), flush=True)
 
 
 def write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -153,4 +157,4 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
-__all__ = ["LOST", "RESULTS", "ROOT", "Job", "Line", "emit", "read", "run", "write"]
+__all__ = ["LOST", "MINE", "RESULTS", "ROOT", "Job", "Line", "emit", "read", "run", "write"]

@@ -129,12 +129,17 @@ def speed_part(rows: Sequence[Row]) -> Part:
         models = list(dict.fromkeys(record.case.model for record in part))
         caption = f"Latency as a share of the masked network's: {conditions}"
         plots.append(drawn(caption, _bars(part, models), (9.0, 1.2 + 0.5 * len(models))))
-    for model in dict.fromkeys(record.case.model for record in timed):
-        mine = [record for record in timed if record.case.model == model]
+    # What differs in nothing but how much is masked lies on one curve.
+    curves: dict[str, list[Record]] = {}
+    for record in timed:
+        alike = replace(record, case=replace(record.case, mask=replace(record.case.mask, amount=0.0)))
+        told = docs.conditions_of(alike).replace(" 0%", "")
+        curves.setdefault(f"{docs.name_of(record)}, {told}", []).append(record)
+    for what, mine in curves.items():
         if len({record.case.mask.amount for record in mine}) > 1:
-            plots.append(drawn(f"{model}: latency by the share that is masked", _lines(mine)))
+            plots.append(drawn(f"Latency by the share that is masked: {what}", _lines(mine)))
         if any(record.accuracy is not None for record in mine):
-            plots.append(drawn(f"{model}: accuracy and latency", _pareto(mine)))
+            plots.append(drawn(f"Accuracy and latency: {what}", _pareto(mine)))
     made = docs.by_conditions(record for record in records if record.status == "ok")
     tables = [
         Table(f"What the arms do: {way}", docs.DOING_HEADS, list(map(docs.doing, mine))) for way, mine in made.items()
@@ -294,18 +299,17 @@ def html(folder: Path, accuracy: Path | None = None) -> str:
     speed = docs.load(folder, run.OUT.name)
     found: list[tuple[str, Any, Callable[[Any], Part], str]] = [
         ("Copies, against UPSCALE", docs.load(folder, survey.OUT.name), copies_part, "survey"),
-        ("Speed", with_accuracy(speed, accuracy) if speed else None, speed_part, "run"),
+        ("Speed", with_accuracy(speed, accuracy) if speed else None, speed_part, "speed"),
         ("Orders of channels", docs.load(folder, solver.OUT.name), solver_part, "solver"),
         ("Compile time and memory", docs.load(folder, scale.OUT.name), scale_part, "scale"),
     ]
     parts = [
-        make(rows) if rows else Part(heading, missing=f"python -m benchmarks {command}")
+        make(rows) if rows else Part(heading, missing=f"python -m benchmarks --parts {command}")
         for heading, rows, make, command in found
     ]
     about = "On the same masks: what a user could run instead of chanopt, and how far each gets."
-    machine = speed[0]["machine"] if speed else {}
-    if machine:
-        about += " Measured on " + ", ".join(f"{key} {value}" for key, value in machine.items() if key != "node") + "."
+    measured = {heading: rows for heading, rows, _, _ in found if rows}
+    about = " ".join([about, *(line.removeprefix("- ") for line in docs.measured_on(measured))])
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text()).render(title="chanopt: benchmarks", about=about, parts=parts)
 

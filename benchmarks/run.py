@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -25,9 +24,10 @@ from torch import nn
 from benchmarks import cases, jobs, observe, speed, zoo
 from benchmarks.arms import ARMS, SAME_MASKS, Arm, ArmError, Subject, build
 from benchmarks.cases import Case, Mask, Record
+from benchmarks.machine import machine
 from benchmarks.measure import MAX_ERROR32, describe, relative_error
 
-OUT = jobs.RESULTS / "run.json"
+OUT = jobs.MINE / "run.json"
 
 
 def run(case: Case, arms: Sequence[str], rounds: int) -> Iterator[Record]:
@@ -38,7 +38,7 @@ def run(case: Case, arms: Sequence[str], rounds: int) -> Iterator[Record]:
         ValueError: the mask's amount is outside [0, 1).
     """
     torch.set_num_threads(case.threads)
-    on = machine(case)
+    on = machine(case.device)
     masked, original = cases.networks(case)
     inputs = cases.inputs(case)
     subject = Subject(masked, inputs, original)
@@ -57,14 +57,6 @@ def run(case: Case, arms: Sequence[str], rounds: int) -> Iterator[Record]:
     taken = time_arms(runnable, inputs, rounds, case.device) if runnable else {}
     for name in arms:
         yield _timed(known[name], name, taken, rounds) if name in taken else known[name]
-
-
-def machine(case: Case) -> dict[str, str]:
-    """What a record was measured on."""
-    on = speed.machine() | {"node": platform.node()}
-    if case.device == "cuda":
-        on |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
-    return on
 
 
 def _looked_at(record: Record, arm: Arm, subject: Subject, case: Case) -> Record:
@@ -142,7 +134,8 @@ def _timed(record: Record, name: str, taken: Mapping[str, list[float]], rounds: 
 def plan(args: argparse.Namespace) -> list[Case]:
     """Every case that the arguments ask for."""
     masks = itertools.product(args.criteria, args.amounts, args.sides, args.scopes, args.seeds)
-    chosen = [Mask(*words) for words in masks]
+    # Only a random choice has a seed: two seeds of a norm are one mask.
+    chosen = dict.fromkeys(Mask(*words) if words[0] == "random" else Mask(*words[:-1]) for words in masks)
     ways = list(itertools.product(args.modes, args.layouts, args.batches, args.dtypes, args.devices, args.threads))
     return [
         Case(name, mask, args.resolution or _resolution(name, args.small), *way)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from benchmarks import jobs
 from chanopt.torchvision_shim import ensure_torchvision
 
-OUT = jobs.RESULTS / "scale.json"
+OUT = jobs.MINE / "scale.json"
 STAGES = ("capture", "solver", "rest", "memory")
 """What is fitted: seconds of capture, of the solver, of everything else, and bytes of memory."""
 

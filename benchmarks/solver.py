@@ -28,7 +28,7 @@ from benchmarks.arms.greedy import greedy_order
 from chanopt.solve import Block, Edge, Instance, Reader, Solution, solve
 from chanopt.solve.solution import cost
 
-OUT = jobs.RESULTS / "solver.json"
+OUT = jobs.MINE / "solver.json"
 CORPUS = Path(__file__).resolve().parent / "corpus"
 SIZES = ((64, 8), (256, 16), (512, 32), (1024, 64), (2048, 96), (4096, 128))
 SEEDS = (0, 1, 2)

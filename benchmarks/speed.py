@@ -14,13 +14,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +27,9 @@ from tqdm import tqdm
 
 from benchmarks import cases, peers, zoo
 from benchmarks.grid import table
+from benchmarks.machine import machine
 from benchmarks.masks import Setting, build_masked
 from benchmarks.measure import MAX_ERROR32, relative_error
-from chanopt import clock
 
 MODELS: tuple[str, ...] = (
     *("resnet18", "resnet50", "densenet121", "googlenet"),
@@ -170,25 +168,6 @@ def measure(name: str, *, amount: float, rounds: int, resolution: int | None) ->
         upscale_seconds=index.seconds,
         error=relative_error(model, fast, zoo.example_inputs(name, 1, resolution, seed=11)),
     )
-
-
-def machine() -> dict[str, str]:
-    """What the figures were taken on."""
-    names = ("torch", "torchvision", "timm", "numpy", "ortools", "apple-upscale", "torch-pruning")
-    return {
-        "processor": clock.processor(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
-        **{name: _version(name) for name in names},
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def markdown(timings: Sequence[Timing], on: dict[str, str], conditions: str) -> str:

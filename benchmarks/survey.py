@@ -32,7 +32,7 @@ from chanopt.analysis.figures import figures
 SIDES: tuple[Side, ...] = ("input", "output")
 AMOUNTS = (0.3, 0.5, 0.7)
 DATA = Path(__file__).resolve().parent / "data" / "upscale_survey.csv"
-OUT = jobs.RESULTS / "survey.json"
+OUT = jobs.MINE / "survey.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,21 @@ def test_the_whole_and_the_smoke_form_have_every_part() -> None:
     assert len(everything.survey_jobs(smoke=False)) == 68
 
 
+@pytest.mark.parametrize("name", ["run", "survey", "solver", "scale"])
+def test_a_part_by_itself_does_not_write_over_the_committed_results(name: str, called: list[Any]) -> None:
+    command.main([name])
+    ((_, args),) = called
+    assert args.out.parent == jobs.RESULTS / "mine"
+
+
+def test_only_the_parts_that_are_asked_for_are_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(jobs, "run", lambda todo, path, **options: ran.append(path.stem) or [])
+    where = ["--results", str(tmp_path), "--out", str(tmp_path / "results.md")]
+    assert command.main(["--smoke", "--parts", "survey", "scale", *where]) == 0
+    assert ran == ["scale", "survey"]
+
+
 def test_jobs_are_command_lines_that_their_commands_read(called: list[Any]) -> None:
     for part in (everything.speed_jobs, everything.survey_jobs, everything.solver_jobs, everything.scale_jobs):
         for job in part(smoke=True):

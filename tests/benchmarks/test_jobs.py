@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import jobs
 from benchmarks.jobs import Job
@@ -32,6 +33,15 @@ def test_lines_of_jobs_are_kept_with_their_key(script: str, tmp_path: Path) -> N
         {"job": "b", "status": "ok", "what": "two"},
     ]
     assert jobs.read(tmp_path / "out.jsonl") == lines
+
+
+def test_every_line_says_on_what_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    jobs.emit({"what": 1})
+    jobs.emit({"what": 2, "machine": {"gpu": "none"}})
+    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert first["machine"]["torch"] == torch.__version__
+    assert first["machine"]["threads"] == str(torch.get_num_threads())
+    assert second == {"status": "ok", "what": 2, "machine": {"gpu": "none"}}
 
 
 def test_a_job_that_dies_or_hangs_leaves_a_line_that_says_so(script: str, tmp_path: Path) -> None:

@@ -155,9 +155,30 @@ def test_an_order_better_than_ours_is_shown() -> None:
 
 def test_what_was_not_measured_is_named_with_its_command(tmp_path: Path) -> None:
     text = docs.markdown(tmp_path)
-    for command in ("survey", "run", "solver", "scale", "gate --all --update", "sweep"):
+    parts = [f"--parts {part}" for part in ("survey", "speed", "solver", "scale")]
+    for command in (*parts, "gate --all --update", "sweep"):
         assert f"Not measured yet: `python -m benchmarks {command}`." in text
-    assert "python -m benchmarks survey" in page.html(tmp_path)
+    assert "python -m benchmarks --parts survey" in page.html(tmp_path)
+
+
+def test_the_machine_is_told_once_and_each_if_there_are_several(folder: Path) -> None:
+    assert "Measured on: torch 2.13, threads 1.\n\n## Copies" in docs.markdown(folder)
+    (folder / "scale.json").write_text(json.dumps([{**compiled(18), "machine": {"torch": "3", "node": "there"}}]))
+    text = docs.markdown(folder)
+    assert (
+        "- Speed on a CPU: measured on torch 2.13, threads 1.\n- Compile time and memory: measured on torch 3." in text
+    )
+    assert "Compile time and memory: measured on torch 3." in page.html(folder)
+
+
+def test_a_curve_is_of_records_that_differ_in_their_amount_alone(folder: Path) -> None:
+    compiled_ones = [replace(r, case=replace(r.case, mode="inductor")) for r in SPEED]
+    rows = [r.to_dict() for r in (*SPEED, *compiled_ones[:2])]
+    captions = [plot.caption for plot in page.speed_part(rows).plots if "by the share" in plot.caption]
+    assert len(captions) == 1
+    assert "resnet18, eager, batch 1" in captions[0]
+    more = [plot.caption for plot in page.speed_part([*rows, *(r.to_dict() for r in compiled_ones[2:])]).plots]
+    assert len([caption for caption in more if "by the share" in caption]) == 2
 
 
 def test_the_html_page_is_whole_and_self_contained(folder: Path) -> None:
@@ -170,14 +191,14 @@ def test_the_html_page_is_whole_and_self_contained(folder: Path) -> None:
     assert "<script" not in text
     links = [part for part in text.split('"') if part.startswith(("http://", "https://"))]
     assert all("w3.org" in link or "purl.org" in link or "creativecommons.org" in link for link in links), links
-    assert "resnet18: latency by the share that is masked" in text
-    assert "accuracy and latency" not in text
+    assert "Latency by the share that is masked: resnet18, eager" in text
+    assert "Accuracy and latency" not in text
 
 
 def test_accuracies_that_are_given_add_a_pareto_front(folder: Path, tmp_path: Path) -> None:
     given = tmp_path / "accuracy.csv"
     given.write_text("model,amount,arm,accuracy\nresnet18,0.5,chanopt,0.7\nresnet18,0.7,chanopt,0.6\n")
-    assert "resnet18: accuracy and latency" in page.html(folder, given)
+    assert "Accuracy and latency: resnet18" in page.html(folder, given)
     rows = page.with_accuracy([r.to_dict() for r in SPEED], given)
     assert [row["accuracy"] for row in rows] == [None, 0.7, None, 0.6]
     given.write_text("network,accuracy\nresnet18,0.7\n")

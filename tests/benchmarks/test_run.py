@@ -125,6 +125,15 @@ def test_the_plan_is_every_combination() -> None:
     assert planned[-1] == Case("vgg11", Mask(amount=0.5, side="both"), 64, "inductor", "channels_last", 8)
 
 
+def test_seeds_are_of_random_masks_only() -> None:
+    planned = run.plan(parsed("--models", "resnet18", "--criteria", "l2", "random", "--seeds", "0", "1"))
+    assert [str(case.mask) for case in planned] == [
+        "input 50% l2 local",
+        "input 50% random local seed 0",
+        "input 50% random local seed 1",
+    ]
+
+
 def test_a_job_is_the_command_line_of_its_case() -> None:
     job = run.job(CASE, ["dense"], 5)
     args = parsed(*job.words[2:])
