@@ -27,7 +27,7 @@ MINE = RESULTS / "mine"
 """Where a part that is run by itself leaves its results, unless told otherwise: not over the committed ones."""
 
 Line = dict[str, Any]
-_KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 """glibc's malloc keeps the memory of large tensors. By default it gives each back to the system and faults its pages in
 again at the next call, which takes longer than a small conv does, and begins at a size: a network that falls below it
 would seem to have become twice as fast."""
@@ -132,7 +132,7 @@ def _run_one(job: Job, timeout: float) -> list[Line]:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=_KEEPING | _environment() | threads,
+            env=KEEPING | _environment() | threads,
             text=True,
             capture_output=True,
             timeout=timeout,
@@ -157,4 +157,4 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
-__all__ = ["LOST", "MINE", "RESULTS", "ROOT", "Job", "Line", "emit", "read", "run", "write"]
+__all__ = ["KEEPING", "LOST", "MINE", "RESULTS", "ROOT", "Job", "Line", "emit", "read", "run", "write"]

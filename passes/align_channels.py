@@ -1,52 +1,57 @@
-"""Round the channels of every tensor up to whole groups, where the device reads groups."""
+"""Round the channels of tensors up to counts that the device is quick at."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
+from chanopt.analysis.convs import image_conv
 from chanopt.analysis.demand import Mask
 from chanopt.analysis.widening import Lives, can_make, widened
-from chanopt.ir import IndexMap, Layout, Op, Program
+from chanopt.ir import Access, IndexMap, Kind, Layout, Op, Program, Read, flow_back
 from chanopt.pass_infra import Pass
-from chanopt.target import GROUP, Target
+from chanopt.target import Gains, Grain, Target
+
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class AlignChannels(Pass):
-    """On a GPU, channels last, keep a few dead channels so that counts are multiples of a group.
+    """Keep a few dead channels where the device is quicker with them (:func:`chanopt.target.grain`).
 
-    Tensor cores, 16-byte loads and ``chanopt::gather_conv2d`` want groups of 8 channels. What is kept is computed as it
-    was and read by nobody; it lies behind the rest, so that ranges stay ranges.
+    What is kept is computed as it was and read by nobody; it lies behind the rest, so that ranges stay ranges.
 
     Cases:
-        1. a value gets the first channels that nobody needs, and with it whatever it is computed from;
-        2. a value that has too few of them, or whose channels may not change, is left alone.
+        1. a value gets the first channels that nobody needs, and with it whatever it is computed from, if a conv that
+           gains by it is among those;
+        2. a value that has too few of them, would grow too much, or whose channels may not change, is left alone, and
+           so is one that an op reads as it lies, if that op would have to copy the first channels of more.
 
-    Attributes:
-        multiple: channels in a group.
-
-    Before and after::
+    Before and after (a GPU, channels last)::
 
         %a {0:5} = mix conv(%x{0:3})          %a {0:8} = mix conv(%x{0:3})
     """
-
-    multiple: int = GROUP
 
     name: ClassVar[str] = "align_channels"
 
     def apply(self, program: Program) -> Program:
         """Round value after value, results before what they are made of."""
-        if not Target.parse(program.target).fuses(channels_last=program.channels_last):
+        target = Target.parse(program.target)
+        grain = target.grain(channels_last=program.channels_last, batch=program.batch)
+        if grain is None:
             return program
-        makers = {op.result: op for op in program.ops}
+        rounding = _Rounding(program, grain)
         live: Lives = {name: value.layout.live for name, value in program.values.items() if value.layout is not None}
-        for op in reversed(program.ops):
-            if op.result in live and len(program.values[op.result].shape) == 4:
-                live = self._aligned(op, program, live, makers)
+        before: Lives = {}
+        while live is not before:  # one value that has grown may let another
+            before = live
+            for op in reversed(program.ops):
+                if op.result in live and len(program.values[op.result].shape) == 4:
+                    live = rounding.of(op, live)
         changed = {
             name: replace(value, layout=Layout(value.live.channels, live[name]))
             for name, value in program.values.items()
@@ -54,15 +59,112 @@ class AlignChannels(Pass):
         }
         return program.evolve(values=changed) if changed else program
 
-    def _aligned(self, op: Op, program: Program, live: Lives, makers: Mapping[str, Op]) -> Lives:
-        missing = -len(live[op.result]) % self.multiple
-        spare = np.setdiff1d(np.flatnonzero(can_make(op, program)), live[op.result].array)
-        if not missing or len(spare) < missing:
+
+class _Rounding:
+    """Rounding the values of a program to a grain."""
+
+    def __init__(self, program: Program, grain: Grain) -> None:
+        self.program = program
+        self.grain = grain
+        self.makers: Mapping[str, Op] = {op.result: op for op in program.ops}
+        self.uses = program.uses()
+
+    def of(self, op: Op, live: Lives) -> Lives:
+        """The live channels of every value once an op's result has a round count, if that is worth it."""
+        count = len(live[op.result])
+        front, behind = self._beside(op, live)
+        spare = can_make(op, self.program)
+        spare[live[op.result].array] = False
+        ranked = np.concatenate([behind, front[::-1], np.flatnonzero(spare)])
+        ranked = ranked[np.sort(np.unique(ranked, return_index=True)[1])]
+        ranked = ranked[spare[ranked]]
+        beside = int(np.isin(ranked, [*front, *behind]).sum()) if self.grain.whole_joins else 0
+        missing = beside + -(count + beside) % self.grain.multiple
+        if not missing or missing > self.grain.growth * count or len(ranked) < missing:
             return live
+        chosen = ranked[:missing]
 
-        def behind(value: str, mask: Mask) -> IndexMap:
+        def arrange(value: str, mask: Mask) -> IndexMap:
             before = live[value].array
-            return IndexMap(np.concatenate([before, np.setdiff1d(np.flatnonzero(mask), before)]))
+            new = np.setdiff1d(np.flatnonzero(mask), before)
+            if not np.isin(new, chosen).all():  # other channels than the result's
+                return IndexMap(np.concatenate([before, new]))
+            first = front[np.isin(front, new)]
+            rest = chosen[np.isin(chosen, new) & ~np.isin(chosen, first)]
+            return IndexMap(np.concatenate([first, before, rest]))
 
-        grown = widened(program, makers, live, op.result, IndexMap(spare[:missing]), behind)
-        return live if grown is None or len(grown[op.result]) % self.multiple else grown
+        grown = widened(self.program, self.makers, live, op.result, IndexMap(chosen), arrange)
+        if grown is None or len(grown[op.result]) % self.grain.multiple:
+            return live
+        changed = [name for name in grown if grown[name] is not live[name]]
+        return grown if self._pays(changed, live, grown) else live
+
+    def _beside(self, op: Op, live: Lives) -> tuple[IntArray, IntArray]:
+        """The result channels made of what lies in front of, and behind, a range that a join takes.
+
+        With these it takes a longer range; with others it would have to gather. Looked for in the op itself and, while
+        all of an operand is taken, channel by channel, in what makes that.
+        """
+        front, behind = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        seen, queue = {op.result}, [op]
+        while queue:
+            op = queue.pop()
+            for read in op.reads if op.kind in (Kind.MAP, Kind.JOIN) else ():
+                if read.access is not Access.FLOW or not read.index.is_identity(len(read.index)) or read.value in seen:
+                    continue
+                seen.add(read.value)
+                stored, runs = live[read.value].array, self._positions(op, read, live).runs()
+                if runs == [(0, len(stored))]:
+                    queue.append(self.makers[read.value])
+                elif len(runs) == 1:
+                    front.append(stored[: runs[0][0]])
+                    behind.append(stored[runs[0][1] :])
+        return np.concatenate(front), np.concatenate(behind)
+
+    def _positions(self, op: Op, read: Read, live: Lives) -> IndexMap:
+        """Where the channels lie that an op reads."""
+        layout = Layout(self.program.values[read.value].live.channels, live[read.value])
+        return layout.positions(flow_back(read, live[op.result]))
+
+    def _pays(self, changed: Sequence[str], live: Lives, grown: Lives) -> bool:
+        if self.grain.gains is Gains.ALL:
+            return True
+        gains = any(self._gains(name) and not len(grown[name]) % self.grain.multiple for name in changed)
+        bounded = all(len(grown[name]) - len(live[name]) <= self.grain.growth * len(live[name]) for name in changed)
+        apart = all(self._takes_a_part(name, live, set(changed)) for name in changed)
+        gathers = any(self._gathers(self.makers[name], live, grown) for name in changed)
+        return gains and bounded and apart and not gathers
+
+    def _gathers(self, op: Op, live: Lives, grown: Lives) -> bool:
+        """Whether an op takes in several ranges what it took in one."""
+        flows = [read for read in op.reads if read.access is Access.FLOW]
+        before, after = ([len(self._positions(op, read, lives).runs()) for read in flows] for lives in (live, grown))
+        return op.kind is Kind.CONCAT or any(new > old == 1 for old, new in zip(before, after, strict=True))
+
+    def _gains(self, name: str) -> bool:
+        """Whether a value is made by a conv that is quicker with a round count."""
+        op = self.makers[name]
+        window = self.program.dialect.window(op, self.program) if self.program.dialect is not None else None
+        if window is None or window.transposed:
+            return False
+        pointwise = all(size == 1 for size in window.kernel)
+        if self.grain.gains is Gains.DEPTHWISE:
+            return op.kind is Kind.MAP and not pointwise
+        return op.kind is Kind.MIX and pointwise
+
+    def _takes_a_part(self, name: str, live: Lives, changed: set[str]) -> bool:
+        """Whether no reader that does not grow with a value is slower for reading only its first channels."""
+        return all(
+            op.result in changed
+            or _channels(op, read, live) < len(live[name])
+            or (self.grain.slices and image_conv(op, self.program) is not None)
+            for op, read in self.uses[name]
+        )
+
+
+def _channels(op: Op, read: Read, live: Lives) -> int:
+    """How many channels of a value an op reads."""
+    if read.access is Access.SET:
+        return len(read.index)
+    whole = read.access is Access.ALL or op.result not in live
+    return len(live[read.value]) if whole else len(flow_back(read, live[op.result]))

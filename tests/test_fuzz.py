@@ -23,7 +23,7 @@ from chanopt.ir import Program, parse
 from chanopt.kernels import GROUP
 from chanopt.pass_infra import checked
 from chanopt.passes import DEFAULT
-from chanopt.target import ConvRead, Realization
+from chanopt.target import ConvRead, Gains, Grain, Realization, Target
 from tests.support.equal import difference, named_outputs
 from tests.support.masks import MODES, Mode, Side, mask_randomly
 from tests.support.micro import MICRO
@@ -125,7 +125,7 @@ def test_random_net(seed: int) -> None:
     run(net, inputs, [(MODES[(seed + 2 * k) % len(MODES)], seed + k) for k in range(MASKS)])
 
 
-@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("target", ["cpu", "cuda", "cpu:inductor"])
 @pytest.mark.parametrize("seed", range(500, 500 + max(1, NETS // 8)))
 def test_random_net_in_channels_last(seed: int, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products, sums of them, and fused gathers wherever a conv can be computed so, in float64."""
@@ -135,6 +135,16 @@ def test_random_net_in_channels_last(seed: int, target: str, monkeypatch: pytest
     ways = (Realization.GEMM, Realization.RUNS, Realization.FUSED)
     first: Any = {"costs": lambda _, way: float(way not in ways)} if seed % 2 else {}
     run(net, inputs, masks, channels_last=True, target=target, **first)
+
+
+@pytest.mark.parametrize("gains", list(Gains), ids=lambda gains: gains.value)
+@pytest.mark.parametrize("seed", range(600, 600 + max(1, NETS // 8)))
+def test_random_net_with_rounded_counts(seed: int, gains: Gains, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These nets are too small to be rounded by what a device is quick at."""
+    grain = Grain(4, 9.0, gains, slices=bool(seed % 2), whole_joins=bool(seed % 3))
+    monkeypatch.setattr(Target, "grain", lambda self, **_: grain)
+    net, inputs = random_net(seed)
+    run(net, inputs, [(MODES[(seed + 2 * k) % len(MODES)], seed + k) for k in range(MASKS)])
 
 
 def _micro(name: str, modes: Sequence[Mode], first: int) -> None:

@@ -1,4 +1,4 @@
-"""RealizeReads and AlignChannels: every way of reading means the same, and the cheapest is taken."""
+"""RealizeReads: every way of reading means the same, and the cheapest is taken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 import chanopt
 from chanopt.ir import How, Program, parse, physical_read
 from chanopt.pass_infra import checked
-from chanopt.passes import AlignChannels, RealizeReads
+from chanopt.passes import RealizeReads
 from chanopt.target import ConvRead, Measured, Realization, Target
 from tests.support.equal import assert_same_function
 from tests.support.masks import mask_randomly
@@ -215,54 +215,6 @@ def _close(net: nn.Module, fast: nn.Module, inputs: tuple[Any, ...]) -> None:
         if isinstance(one, torch.Tensor) and one.is_floating_point():
             scale = one.abs().max().item() or 1.0
             assert (one - other).abs().max().item() <= 2e-5 * scale
-
-
-# -- AlignChannels --------------------------------------------------------------------------------------------------------
-
-
-def counts(program: Program) -> set[int]:
-    return {len(v.layout) % 8 for v in program.values.values() if v.layout is not None and len(v.layout) > 3}
-
-
-def test_counts_become_whole_groups_for_a_gpu_in_channels_last() -> None:
-    net = Net(
-        lambda n, x: n.d(n.b(n.a(x).relu()) + n.c(x)), a=conv(3, 24), b=conv(24, 24), c=conv(3, 24), d=conv(24, 8)
-    )
-    net = randomise(net).eval()
-    kill(net.b, inputs=range(7))
-    kill(net.d, inputs=range(5))
-    x = torch.randn(2, 3, 9, 8)
-    for memory_format, whole in ((LAST, True), (torch.contiguous_format, False)):
-        fast, program = run(net, x.contiguous(memory_format=memory_format), Target("cuda"))
-        assert (counts(program) == {0}) == whole
-        torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
-
-
-def test_channels_that_are_added_lie_behind_the_others() -> None:
-    program = prepared(readers(), image(), passes_before(AlignChannels))
-    program = replace(program, target="cuda", channels_last=True)
-    with checked():
-        after = AlignChannels()(program).program
-    for name, value in program.values.items():
-        if value.layout is not None:
-            live = value.layout.live.tolist()
-            assert after.values[name].live.live.tolist()[: len(live)] == live
-
-
-def test_a_cpu_keeps_odd_counts() -> None:
-    program = prepared(readers(), image(), passes_before(AlignChannels))
-    assert AlignChannels()(replace(program, channels_last=True)).program.target == "cpu"
-    assert not AlignChannels()(replace(program, channels_last=True)).modified
-
-
-def test_a_concat_that_lost_an_operand_is_not_asked_for_its_channels() -> None:
-    net = Net(lambda n, x: n.d(torch.cat([n.a(x), n.b(x)], 1)), a=conv(3, 12), b=conv(3, 12), d=conv(24, 8))
-    net = randomise(net).eval()
-    kill(net.d, inputs=[*range(12), 13, 15])
-    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
-    fast, program = run(net, x, Target("cuda"))
-    torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
-    assert {op.label() for op in program.ops if op.linear} == {"b", "d"}
 
 
 @pytest.mark.parametrize(

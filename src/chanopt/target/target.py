@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from chanopt.errors import ChanoptError
 from chanopt.target import analytic
+from chanopt.target import grain as grains
 from chanopt.target.read import ConvRead, fuses
 from chanopt.target.realization import Realization
 
@@ -58,6 +59,10 @@ class Target:
     def fuses(self, *, channels_last: bool) -> bool:
         """Whether convs can gather while they load: the blocks of channels that they touch count then."""
         return fuses(self.device, channels_last=channels_last)
+
+    def grain(self, *, channels_last: bool, batch: int) -> grains.Grain | None:
+        """Counts of channels that the device is quick at; None where they do not matter."""
+        return grains.grain(self.device, self.compiler, channels_last=channels_last, batch=batch)
 
     def ways(self, read: ConvRead) -> list[Realization]:
         """The realizations to choose from, the plain one first.

@@ -1,0 +1,189 @@
+"""AlignChannels: counts the device is quick at, where they cost no gather, and the same function."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import chanopt
+from chanopt.ir import Form, Program, physical_read
+from chanopt.pass_infra import checked
+from chanopt.passes import DEFAULT, AlignChannels
+from chanopt.target import Target
+from tests.support.equal import assert_same_function
+from tests.support.nets.base import Net, conv, image, randomise
+from tests.support.passes import kill, passes_before, prepared
+
+LAST, FIRST = torch.channels_last, torch.contiguous_format
+UNROUNDED = tuple(step for step in DEFAULT if not isinstance(step, AlignChannels))
+
+
+def run(net: nn.Module, x: torch.Tensor, target: Target, pipeline: Any = DEFAULT) -> tuple[nn.Module, Program]:
+    with checked():
+        fast = chanopt.optimize(net, (x,), target=target, pipeline=pipeline)
+    return fast, chanopt.Plan.of(fast).program
+
+
+def made(program: Program, layer: str) -> int:
+    """The channels of what a conv makes."""
+    return next(len(program.values[op.result].live) for op in program.ops if op.layer == layer)
+
+
+def readers() -> nn.Module:
+    """A stream of 24 channels with three readers, of which no order serves all."""
+    net = Net(
+        lambda n, x: torch.cat([branch(n.a(x).relu()) for branch in (n.b, n.c, n.d)], 1),
+        a=conv(3, 24, 3),
+        **{name: nn.Conv2d(24, 8, 1) for name in ("b", "c", "d")},
+    )
+    net = randomise(net).eval()
+    for number, reader in enumerate((net.b, net.c, net.d)):
+        kill(reader, inputs=[c for c in range(24) if (c // (number + 1)) % 2])
+    return net
+
+
+def inverted() -> nn.Module:
+    """1x1, depthwise, 1x1: of the 64 channels between, 61 are read."""
+    net = randomise(
+        Net(lambda n, x: n.c(n.b(n.a(x).relu()).relu()), a=conv(3, 64), b=conv(64, 64, 3, groups=64), c=conv(64, 8))
+    ).eval()
+    kill(net.c, inputs=(0, 7, 30))
+    return net
+
+
+def chain(front: bool) -> nn.Module:
+    """A residual stream of 80 channels, 75 of which the first block needs and fewer the last: 66 beside one another.
+
+    `front`: what the last does not need comes first, whatever the order of channels.
+    """
+    net = randomise(
+        Net(
+            lambda n, x: _chained(n, n.stem(x).relu()),
+            stem=conv(3, 80),
+            a=conv(80, 8),
+            b=conv(8, 80),
+            c=conv(80, 8),
+            d=conv(8, 80),
+            e=conv(80, 8),
+            f=conv(80, 8),
+        )
+    ).eval()
+    kill(net.a, inputs=range(40) if front else range(40, 80))
+    kill(net.c, inputs=[*range(9), *range(45, 80)] if front else [*range(71, 80), *range(35)])
+    for reader in (net.e, net.f):
+        kill(reader, inputs=range(14) if front else range(66, 80))
+    kill(net.e, inputs=(20, 21))
+    kill(net.f, inputs=(60, 61))
+    return net
+
+
+def _chained(n: Any, x: torch.Tensor) -> torch.Tensor:
+    y = (x + n.b(n.a(x).relu())).relu()
+    z = (y + n.d(n.c(y).relu())).relu()
+    return torch.cat([n.e(z), n.f(z)], 1)
+
+
+def partial_joins(program: Program) -> list[Form]:
+    """How additions take what they do not take whole."""
+    found = [physical_read(op, read, program).form for op in program.ops if "add" in op.target for read in op.reads]
+    return [form for form in found if form is not Form.WHOLE]
+
+
+# -- a GPU ---------------------------------------------------------------------------------------------------------------
+
+
+def counts(program: Program) -> set[int]:
+    return {len(v.layout) % 8 for v in program.values.values() if v.layout is not None and len(v.layout) > 3}
+
+
+def test_counts_become_whole_groups_for_a_gpu_in_channels_last() -> None:
+    net = Net(
+        lambda n, x: n.d(n.b(n.a(x).relu()) + n.c(x)), a=conv(3, 24), b=conv(24, 24), c=conv(3, 24), d=conv(24, 8)
+    )
+    net = randomise(net).eval()
+    kill(net.b, inputs=range(7))
+    kill(net.d, inputs=range(5))
+    x = torch.randn(2, 3, 9, 8)
+    for memory_format, whole in ((LAST, True), (FIRST, False)):
+        fast, program = run(net, x.contiguous(memory_format=memory_format), Target("cuda"))
+        assert (counts(program) == {0}) == whole
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_channels_that_are_added_lie_behind_the_others() -> None:
+    program = prepared(readers(), image(), passes_before(AlignChannels))
+    program = replace(program, target="cuda", channels_last=True)
+    with checked():
+        after = AlignChannels()(program).program
+    for name, value in program.values.items():
+        if value.layout is not None:
+            live = value.layout.live.tolist()
+            assert after.values[name].live.live.tolist()[: len(live)] == live
+
+
+def test_a_concat_that_lost_an_operand_is_not_asked_for_its_channels() -> None:
+    net = Net(lambda n, x: n.d(torch.cat([n.a(x), n.b(x)], 1)), a=conv(3, 12), b=conv(3, 12), d=conv(24, 8))
+    net = randomise(net).eval()
+    kill(net.d, inputs=[*range(12), 13, 15])
+    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    fast, program = run(net, x, Target("cuda"))
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
+    assert {op.label() for op in program.ops if op.linear} == {"b", "d"}
+
+
+# -- a CPU ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_depthwise_conv_gets_a_round_count_where_a_slice_is_free() -> None:
+    net = inverted()
+    for batch, memory_format, count in ((1, FIRST, 64), (2, FIRST, 61), (1, LAST, 61)):
+        x = torch.randn(batch, 3, 9, 8).contiguous(memory_format=memory_format)
+        fast, program = run(net, x, Target("cpu"))
+        assert [made(program, "a"), made(program, "b")] == [count, count]
+        assert chanopt.explain(fast).copies == 0
+        assert_same_function(net, fast, (x,), allow_constant=batch == 1)
+
+
+def test_a_count_does_not_grow_by_much() -> None:
+    net = inverted()
+    kill(net.c, inputs=range(15))
+    _, program = run(net, torch.randn(1, 3, 9, 8), Target("cpu"))
+    assert made(program, "b") == 48
+    kill(net.c, inputs=range(27))
+    _, program = run(net, torch.randn(1, 3, 9, 8), Target("cpu"))
+    assert made(program, "b") == 36
+
+
+@pytest.mark.parametrize("target", [Target("cpu"), Target("cpu", "inductor")], ids=str)
+@pytest.mark.parametrize("front", [False, True])
+def test_a_residual_chain_gets_round_counts_and_no_more_gathers(front: bool, target: Target) -> None:
+    net, x = chain(front), torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    plain, before = run(net, x, target, UNROUNDED)
+    fast, after = run(net, x, target)
+    assert made(before, "b") % 8
+    assert [made(after, layer) % 8 for layer in ("stem", "b", "d")] == [0, 0, 0]
+    assert chanopt.explain(fast).copies == chanopt.explain(plain).copies
+    assert set(partial_joins(after)) <= {Form.RANGE}
+    assert_same_function(net, fast, (x,))
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_under_inductor_a_join_takes_all_of_its_operands(front: bool) -> None:
+    net, x = chain(front), torch.randn(2, 3, 9, 8)
+    _, program = run(net, x, Target("cpu", "inductor"))
+    assert partial_joins(program) == []
+    _, eager = run(net, x, Target("cpu"))
+    assert partial_joins(eager) == [Form.RANGE]
+
+
+def test_what_a_conv_takes_as_it_lies_stays_so_in_channels_last() -> None:
+    net = randomise(Net(lambda n, x: n.b(n.a(x).relu()), a=conv(3, 64), b=conv(64, 8))).eval()
+    kill(net.b, inputs=(5,))
+    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    fast, program = run(net, x, Target("cpu"))
+    assert made(program, "a") == 63
+    assert_same_function(net, fast, (x,))
