@@ -17,18 +17,21 @@ from chanopt.pass_infra import Pass
 from chanopt.target import Gains, Grain, Target
 
 IntArray = npt.NDArray[np.int64]
+_NONE: IntArray = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
 class AlignChannels(Pass):
     """Keep a few dead channels where the device is quicker with them (:func:`chanopt.target.grain`).
 
-    What is kept is computed as it was and read by nobody; it lies behind the rest, so that ranges stay ranges.
+    What is kept is computed as it was and read by nobody. It lies behind the rest, or in front, so that ranges stay
+    ranges.
 
     Cases:
-        1. a value gets the first channels that nobody needs, and with it whatever it is computed from, if a conv that
-           gains by it is among those;
-        2. a value that has too few of them, would grow too much, or whose channels may not change, is left alone, and
+        1. a value gets some channels that nobody needs, and with it whatever it is computed from, if a conv that gains
+           by it is among those: first the channels beside the range that an addition takes of an operand;
+        2. where a device has additions take operands whole, a value gets all of those;
+        3. a value that has too few of them, would grow too much, or whose channels may not change, is left alone, and
            so is one that an op reads as it lies, if that op would have to copy the first channels of more.
 
     Before and after (a GPU, channels last)::
@@ -45,6 +48,8 @@ class AlignChannels(Pass):
         if grain is None:
             return program
         rounding = _Rounding(program, grain)
+        if not rounding.worthwhile:
+            return program
         live: Lives = {name: value.layout.live for name, value in program.values.items() if value.layout is not None}
         before: Lives = {}
         while live is not before:  # one value that has grown may let another
@@ -69,17 +74,27 @@ class _Rounding:
         self.makers: Mapping[str, Op] = {op.result: op for op in program.ops}
         self.uses = program.uses()
 
+    @property
+    def worthwhile(self) -> bool:
+        """Whether the program has anything that is quicker for it."""
+        always = self.grain.whole_joins or self.grain.gains is Gains.ALL
+        return always or any(self._gains(name) for name in self.makers if name)
+
     def of(self, op: Op, live: Lives) -> Lives:
         """The live channels of every value once an op's result has a round count, if that is worth it."""
         count = len(live[op.result])
-        front, behind = self._beside(op, live)
+        near = self._beside(op, live, far=False) if self.grain.whole_joins else (_NONE, _NONE)
+        cut = np.concatenate(near)
+        if not len(cut) and not count % self.grain.multiple:
+            return live
+        front, behind = near if len(cut) else self._beside(op, live, far=True)
         spare = can_make(op, self.program)
         spare[live[op.result].array] = False
         ranked = np.concatenate([behind, front[::-1], np.flatnonzero(spare)])
         ranked = ranked[np.sort(np.unique(ranked, return_index=True)[1])]
         ranked = ranked[spare[ranked]]
-        beside = int(np.isin(ranked, [*front, *behind]).sum()) if self.grain.whole_joins else 0
-        missing = beside + -(count + beside) % self.grain.multiple
+        whole = count + int(spare[cut].sum())
+        missing = whole - count + -whole % self.grain.multiple
         if not missing or missing > self.grain.growth * count or len(ranked) < missing:
             return live
         chosen = ranked[:missing]
@@ -97,15 +112,15 @@ class _Rounding:
         if grown is None or len(grown[op.result]) % self.grain.multiple:
             return live
         changed = [name for name in grown if grown[name] is not live[name]]
-        return grown if self._pays(changed, live, grown) else live
+        return grown if self._pays(changed, live, grown, joins=len(cut) > 0) else live
 
-    def _beside(self, op: Op, live: Lives) -> tuple[IntArray, IntArray]:
+    def _beside(self, op: Op, live: Lives, *, far: bool) -> tuple[IntArray, IntArray]:
         """The result channels made of what lies in front of, and behind, a range that a join takes.
 
         With these it takes a longer range; with others it would have to gather. Looked for in the op itself and, while
-        all of an operand is taken, channel by channel, in what makes that.
+        all of an operand is taken, channel by channel, in what makes that: through maps, and joins too if `far`.
         """
-        front, behind = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        front, behind = [_NONE], [_NONE]
         seen, queue = {op.result}, [op]
         while queue:
             op = queue.pop()
@@ -115,7 +130,8 @@ class _Rounding:
                 seen.add(read.value)
                 stored, runs = live[read.value].array, self._positions(op, read, live).runs()
                 if runs == [(0, len(stored))]:
-                    queue.append(self.makers[read.value])
+                    if far or op.kind is Kind.MAP:
+                        queue.append(self.makers[read.value])
                 elif len(runs) == 1:
                     front.append(stored[: runs[0][0]])
                     behind.append(stored[runs[0][1] :])
@@ -126,10 +142,11 @@ class _Rounding:
         layout = Layout(self.program.values[read.value].live.channels, live[read.value])
         return layout.positions(flow_back(read, live[op.result]))
 
-    def _pays(self, changed: Sequence[str], live: Lives, grown: Lives) -> bool:
+    def _pays(self, changed: Sequence[str], live: Lives, grown: Lives, *, joins: bool) -> bool:
+        """Whether what has grown gains by it (`joins`: an addition does), and nothing that reads it loses."""
         if self.grain.gains is Gains.ALL:
             return True
-        gains = any(self._gains(name) and not len(grown[name]) % self.grain.multiple for name in changed)
+        gains = joins or any(self._gains(name) and not len(grown[name]) % self.grain.multiple for name in changed)
         bounded = all(len(grown[name]) - len(live[name]) <= self.grain.growth * len(live[name]) for name in changed)
         apart = all(self._takes_a_part(name, live, set(changed)) for name in changed)
         gathers = any(self._gathers(self.makers[name], live, grown) for name in changed)

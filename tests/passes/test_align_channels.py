@@ -55,7 +55,7 @@ def inverted() -> nn.Module:
     return net
 
 
-def chain(front: bool) -> nn.Module:
+def chain(front: bool, kernel: int = 1) -> nn.Module:
     """A residual stream of 80 channels, 75 of which the first block needs and fewer the last: 66 beside one another.
 
     `front`: what the last does not need comes first, whatever the order of channels.
@@ -65,9 +65,9 @@ def chain(front: bool) -> nn.Module:
             lambda n, x: _chained(n, n.stem(x).relu()),
             stem=conv(3, 80),
             a=conv(80, 8),
-            b=conv(8, 80),
+            b=conv(8, 80, kernel),
             c=conv(80, 8),
-            d=conv(8, 80),
+            d=conv(8, 80, kernel),
             e=conv(80, 8),
             f=conv(80, 8),
         )
@@ -171,11 +171,13 @@ def test_a_residual_chain_gets_round_counts_and_no_more_gathers(front: bool, tar
     assert_same_function(net, fast, (x,))
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("front", [False, True])
-def test_under_inductor_a_join_takes_all_of_its_operands(front: bool) -> None:
-    net, x = chain(front), torch.randn(2, 3, 9, 8)
-    _, program = run(net, x, Target("cpu", "inductor"))
+def test_under_inductor_a_join_takes_all_of_its_operands(front: bool, kernel: int) -> None:
+    net, x = chain(front, kernel), torch.randn(2, 3, 9, 8)
+    fast, program = run(net, x, Target("cpu", "inductor"))
     assert partial_joins(program) == []
+    assert_same_function(net, fast, (x,))
     _, eager = run(net, x, Target("cpu"))
     assert partial_joins(eager) == [Form.RANGE]
 
