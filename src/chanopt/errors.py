@@ -52,4 +52,4 @@ class ScheduleError(ChanoptError, ValueError):
 
 
 class OptionError(ChanoptError, ValueError):
-    """An option of the torch.compile backend that does not exist, or a value that it cannot have."""
+    """An option of the torch.compile backend, or an environment variable, that says something impossible."""

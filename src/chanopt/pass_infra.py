@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from chanopt.analysis.figures import Figures, figures
-from chanopt.errors import IRError, PassError
+from chanopt.errors import IRError, OptionError, PassError
 from chanopt.ir import Program
 
 _LOG = logging.getLogger(__name__)
@@ -161,6 +161,9 @@ def dumping(folder: str | Path | None) -> Generator[None, None, None]:
     Args:
         folder: where to; made if it does not exist. None changes nothing: the environment variable
             ``CHANOPT_DUMP_IR`` may name one.
+
+    Raises:
+        OptionError: a program cannot be written there (when the pass is run).
     """
     token = _DUMPED.set(_DUMPED.get() if folder is None else Path(folder))
     try:
@@ -176,10 +179,13 @@ def _dump_folder() -> Path | None:
 
 def _write(folder: Path, name: str, when: str, text: str, number: int | None) -> int:
     """Write one file, under the next free number if none is given; returns the number."""
-    folder.mkdir(parents=True, exist_ok=True)
-    taken = [int(path.name.partition("_")[0]) for path in folder.glob("[0-9]*_*.txt")]
-    chosen = max(taken, default=-1) + 1 if number is None else number
-    (folder / f"{chosen:04d}_{name}_{when}.txt").write_text(text + "\n", encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(path.name.partition("_")[0]) for path in folder.glob("[0-9]*_*.txt")]
+        chosen = max(taken, default=-1) + 1 if number is None else number
+        (folder / f"{chosen:04d}_{name}_{when}.txt").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"expected {DUMP_VARIABLE} to name a folder to write into, found {error}") from error
     return chosen
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import chanopt
-from chanopt.errors import ChanoptError
+from chanopt.errors import ChanoptError, OptionError
 from chanopt.pass_infra import DUMP_VARIABLE, dumping
 from chanopt.passes import DEFAULT, DropDead, Pipeline
 from tests.backend.small import EAGER, Branches, Broken, compiled, images, macs, masked
@@ -230,6 +230,13 @@ def test_nothing_is_written_unless_asked_for(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv(DUMP_VARIABLE, str(tmp_path / "dump"))
     DropDead()(program)
     assert len(list((tmp_path / "dump").iterdir())) == 2
+
+
+def test_where_nothing_can_be_written_is_said_in_our_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(DUMP_VARIABLE, str(tmp_path / "file" / "folder"))
+    with pytest.raises(OptionError, match="expected CHANOPT_DUMP_IR to name a folder to write into, found"):
+        chanopt.optimize(masked(), (images(),))
 
 
 def test_the_option_dumps_one_compiled_function(tmp_path: Path) -> None:
