@@ -13,11 +13,14 @@ from chanopt.analysis.convs import image_conv
 from chanopt.analysis.demand import Mask
 from chanopt.analysis.widening import Lives, can_make, widened
 from chanopt.ir import Access, IndexMap, Kind, Layout, Op, Program, Read, flow_back
-from chanopt.pass_infra import Pass
+from chanopt.pass_infra import Pass, PassResult
 from chanopt.target import Gains, Grain, Target
 
 IntArray = npt.NDArray[np.int64]
 _NONE: IntArray = np.empty(0, np.int64)
+
+ROUNDED = "rounded"
+"""Key of this pass's notes: by value, the channels that it got."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,13 @@ class AlignChannels(Pass):
 
     name: ClassVar[str] = "align_channels"
 
-    def apply(self, program: Program) -> Program:
+    def apply(self, program: Program) -> PassResult:
         """Round value after value, results before what they are made of."""
         target = Target.parse(program.target)
         grain = target.grain(channels_last=program.channels_last, batch=program.batch)
-        if grain is None:
-            return program
-        rounding = _Rounding(program, grain)
-        if not rounding.worthwhile:
-            return program
+        rounding = None if grain is None else _Rounding(program, grain)
+        if rounding is None or not rounding.worthwhile:
+            return PassResult(program, modified=False)
         live: Lives = {name: value.layout.live for name, value in program.values.items() if value.layout is not None}
         before: Lives = {}
         while live is not before:  # one value that has grown may let another
@@ -62,7 +63,10 @@ class AlignChannels(Pass):
             for name, value in program.values.items()
             if name in live and value.live.live != live[name]
         }
-        return program.evolve(values=changed) if changed else program
+        if not changed:
+            return PassResult(program, modified=False)
+        added = {name: np.setdiff1d(live[name].array, program.values[name].live.live.array) for name in changed}
+        return PassResult(program.evolve(values=changed), modified=True, notes={ROUNDED: added})
 
 
 class _Rounding:

@@ -145,6 +145,8 @@ def test_a_depthwise_conv_gets_a_round_count_where_a_slice_is_free() -> None:
         fast, program = run(net, x, Target("cpu"))
         assert [made(program, "a"), made(program, "b")] == [count, count]
         assert chanopt.explain(fast).copies == 0
+        reasons = {layer.name: list(layer.kept) for layer in chanopt.explain(fast).layers}
+        assert reasons["b"] == ["read by c"] + (["makes a count that is quick here"] if count == 64 else [])
         assert_same_function(net, fast, (x,), allow_constant=batch == 1)
 
 

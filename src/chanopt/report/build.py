@@ -17,6 +17,7 @@ Reasons = dict[str, np.ndarray]
 
 OUTPUT = "the model's output"
 RANGE = "lets others be read as ranges"
+ROUNDED = "makes a count that is quick here"
 NEEDED = "its layer or a reader cannot do without"
 
 
@@ -29,7 +30,8 @@ def build(
         model: class name of the model.
         before: the program as lowered.
         after: the program after the pipeline.
-        notes: the pipeline's notes; ``segments`` as OrderChannels leaves them.
+        notes: the pipeline's notes: ``segments`` as OrderChannels leaves them, ``reads`` RealizeReads, ``rounded``
+            AlignChannels.
         seconds: time per stage.
     """
     old, new = figures(before), figures(after)
@@ -46,7 +48,7 @@ def build(
         parameters_before=old.parameters,
         parameters_after=new.parameters,
         segments=tuple(_segment(ordered) for ordered in notes.get("segments", ())),
-        layers=_layers(before, after, notes.get("reads", ())),
+        layers=_layers(before, after, notes.get("reads", ()), notes.get("rounded", {})),
         refusals=after.refusals,
         seconds=dict(seconds),
     )
@@ -68,8 +70,10 @@ def _segment(ordered: Any) -> SegmentReport:
     )
 
 
-def _layers(before: Program, after: Program, realized: Sequence[Any]) -> tuple[LayerReport, ...]:
-    reasons = why_kept(after)
+def _layers(
+    before: Program, after: Program, realized: Sequence[Any], rounded: Mapping[str, np.ndarray]
+) -> tuple[LayerReport, ...]:
+    reasons = why_kept(after, rounded)
     ways = {choice.result: choice for choice in realized}
     left: dict[str, list[Op]] = {}
     for op in after.ops:
@@ -126,10 +130,11 @@ def _size(op: Op, program: Program) -> int:
     return total
 
 
-def why_kept(program: Program) -> dict[str, Reasons]:
+def why_kept(program: Program, rounded: Mapping[str, np.ndarray]) -> dict[str, Reasons]:
     """Per value, per reason, shape (channels,): which live channels are kept for it.
 
-    A reason is a layer that has weights for the channel, an operator that takes everything, or the model's output.
+    A reason is a layer that has weights for the channel, an operator that takes everything, or the model's output; if
+    there is none, that it was added for the sake of the count (`rounded`, by value), or of another's range.
     """
     reasons: dict[str, Reasons] = {name: {} for name, value in program.values.items() if value.layout is not None}
     for op in reversed(program.ops):
@@ -141,8 +146,11 @@ def why_kept(program: Program) -> dict[str, Reasons]:
         live = program.values[name].live.mask()
         for mask in found.values():
             live &= ~mask
-        if live.any():
-            found[RANGE] = live
+        added = np.zeros_like(live)
+        added[rounded.get(name, [])] = True
+        for why, mask in ((ROUNDED, live & added), (RANGE, live & ~added)):
+            if mask.any():
+                found[why] = mask
     return reasons
 
 
