@@ -175,14 +175,17 @@ def by_conditions(records: Iterable[Record]) -> dict[str, list[Record]]:
     return found
 
 
+_UNKNOWN = "a machine that the rows do not name"
+
+
 def measured_on(parts: Mapping[str, Rows]) -> list[str]:
     """On what machines the rows of each part were taken; one line if that was the same everywhere."""
     found: dict[str, list[str]] = {}
     for heading, rows in parts.items():
-        for on in dict.fromkeys(told(row["machine"]) for row in rows if "machine" in row):
+        for on in dict.fromkeys(told(row["machine"]) if "machine" in row else _UNKNOWN for row in rows):
             found.setdefault(on, []).append(heading)
     if len(found) == 1:
-        return [f"Measured on: {on}." for on in found]
+        return [f"Measured on {on}." for on in found]
     return [f"- {', '.join(headings)}: measured on {on}." for on, headings in found.items()]
 
 

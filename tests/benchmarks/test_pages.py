@@ -162,13 +162,15 @@ def test_what_was_not_measured_is_named_with_its_command(tmp_path: Path) -> None
 
 
 def test_the_machine_is_told_once_and_each_if_there_are_several(folder: Path) -> None:
-    assert "Measured on: torch 2.13, threads 1.\n\n## Copies" in docs.markdown(folder)
     (folder / "scale.json").write_text(json.dumps([{**compiled(18), "machine": {"torch": "3", "node": "there"}}]))
     text = docs.markdown(folder)
-    assert (
-        "- Speed on a CPU: measured on torch 2.13, threads 1.\n- Compile time and memory: measured on torch 3." in text
-    )
+    assert "- Copies, against UPSCALE, Orders of channels: measured on a machine that the rows do not name.\n" in text
+    assert "- Speed on a CPU: measured on torch 2.13, threads 1.\n" in text
+    assert "- Compile time and memory: measured on torch 3.\n" in text
     assert "Compile time and memory: measured on torch 3." in page.html(folder)
+    for part in ("survey", "solver", "scale"):
+        (folder / f"{part}.json").unlink()
+    assert "Measured on torch 2.13, threads 1.\n\n## Copies" in docs.markdown(folder)
 
 
 def test_a_curve_is_of_records_that_differ_in_their_amount_alone(folder: Path) -> None:
