@@ -77,15 +77,24 @@ class _Rounding:
         self.grain = grain
         self.makers: Mapping[str, Op] = {op.result: op for op in program.ops}
         self.uses = program.uses()
+        self.gaining = {op.result for op in program.ops if self._gains(op)}
+        self.fed: set[str] = set(self.gaining)
+        """Values that are made, channel by channel, of what gains."""
+        for op in program.ops:
+            if any(read.access is Access.FLOW and read.value in self.fed for read in op.reads):
+                self.fed.add(op.result)
 
     @property
     def worthwhile(self) -> bool:
         """Whether the program has anything that is quicker for it."""
-        always = self.grain.whole_joins or self.grain.gains is Gains.ALL
-        return always or any(self._gains(name) for name in self.makers if name)
+        return bool(self.fed) or self.grain.whole_joins
 
     def of(self, op: Op, live: Lives) -> Lives:
         """The live channels of every value once an op's result has a round count, if that is worth it."""
+        # Both are asked of all that grows when that is known, but most answers can be had for less: the readers of the
+        # result itself, at least, do not grow with it.
+        if not (self.grain.whole_joins or op.result in self.fed) or not self._takes_a_part(op.result, live, set()):
+            return live
         count = len(live[op.result])
         near = self._beside(op, live, far=False) if self.grain.whole_joins else (_NONE, _NONE)
         cut = np.concatenate(near)
@@ -150,7 +159,7 @@ class _Rounding:
         """Whether what has grown gains by it (`joins`: an addition does), and nothing that reads it loses."""
         if self.grain.gains is Gains.ALL:
             return True
-        gains = joins or any(self._gains(name) and not len(grown[name]) % self.grain.multiple for name in changed)
+        gains = joins or any(name in self.gaining and not len(grown[name]) % self.grain.multiple for name in changed)
         bounded = all(len(grown[name]) - len(live[name]) <= self.grain.growth * len(live[name]) for name in changed)
         apart = all(self._takes_a_part(name, live, set(changed)) for name in changed)
         gathers = any(self._gathers(self.makers[name], live, grown) for name in changed)
@@ -162,9 +171,10 @@ class _Rounding:
         before, after = ([len(self._positions(op, read, lives).runs()) for read in flows] for lives in (live, grown))
         return op.kind is Kind.CONCAT or any(new > old == 1 for old, new in zip(before, after, strict=True))
 
-    def _gains(self, name: str) -> bool:
-        """Whether a value is made by a conv that is quicker with a round count."""
-        op = self.makers[name]
+    def _gains(self, op: Op) -> bool:
+        """Whether an op is a conv that is quicker with a round count."""
+        if self.grain.gains is Gains.ALL:
+            return bool(op.result)
         window = self.program.dialect.window(op, self.program) if self.program.dialect is not None else None
         if window is None or window.transposed:
             return False
@@ -175,7 +185,7 @@ class _Rounding:
 
     def _takes_a_part(self, name: str, live: Lives, changed: set[str]) -> bool:
         """Whether no reader that does not grow with a value is slower for reading only its first channels."""
-        return all(
+        return self.grain.gains is Gains.ALL or all(
             op.result in changed
             or _channels(op, read, live) < len(live[name])
             or (self.grain.slices and image_conv(op, self.program) is not None)
