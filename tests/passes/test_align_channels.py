@@ -16,7 +16,7 @@ from chanopt.passes import DEFAULT, AlignChannels
 from chanopt.target import Target
 from tests.support.equal import assert_same_function
 from tests.support.nets.base import Net, conv, image, randomise
-from tests.support.passes import kill, passes_before, prepared
+from tests.support.passes import at_odds, kill, passes_before, prepared
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 UNROUNDED = tuple(step for step in DEFAULT if not isinstance(step, AlignChannels))
@@ -31,19 +31,6 @@ def run(net: nn.Module, x: torch.Tensor, target: Target, pipeline: Any = DEFAULT
 def made(program: Program, layer: str) -> int:
     """The channels of what a conv makes."""
     return next(len(program.values[op.result].live) for op in program.ops if op.layer == layer)
-
-
-def readers() -> nn.Module:
-    """A stream of 24 channels with three readers, of which no order serves all."""
-    net = Net(
-        lambda n, x: torch.cat([branch(n.a(x).relu()) for branch in (n.b, n.c, n.d)], 1),
-        a=conv(3, 24, 3),
-        **{name: nn.Conv2d(24, 8, 1) for name in ("b", "c", "d")},
-    )
-    net = randomise(net).eval()
-    for number, reader in enumerate((net.b, net.c, net.d)):
-        kill(reader, inputs=[c for c in range(24) if (c // (number + 1)) % 2])
-    return net
 
 
 def inverted() -> nn.Module:
@@ -115,7 +102,7 @@ def test_counts_become_whole_groups_for_a_gpu_in_channels_last() -> None:
 
 
 def test_channels_that_are_added_lie_behind_the_others() -> None:
-    program = prepared(readers(), image(), passes_before(AlignChannels))
+    program = prepared(at_odds(), image(), passes_before(AlignChannels))
     program = replace(program, target="cuda", channels_last=True)
     with checked():
         after = AlignChannels()(program).program
@@ -148,6 +135,21 @@ def test_a_depthwise_conv_gets_a_round_count_where_a_slice_is_free() -> None:
         reasons = {layer.name: list(layer.kept) for layer in chanopt.explain(fast).layers}
         assert reasons["b"] == ["read by c"] + (["makes a count that is quick here"] if count == 64 else [])
         assert_same_function(net, fast, (x,), allow_constant=batch == 1)
+
+
+def test_channels_that_are_numbered_otherwise_below_are_all_kept() -> None:
+    net = Net(
+        lambda n, x: n.c(n.b(n.a(x).relu().roll(1, 1)).relu()),
+        a=conv(3, 64),
+        b=conv(64, 64, 3, groups=64),
+        c=conv(64, 8),
+    )
+    net = randomise(net).eval()
+    kill(net.c, inputs=(1, 7, 30))
+    x = torch.randn(1, 3, 9, 8)
+    fast, program = run(net, x, Target("cpu"))
+    assert [made(program, "a"), made(program, "b")] == [64, 64]
+    assert_same_function(net, fast, (x,), allow_constant=True)
 
 
 def test_a_count_does_not_grow_by_much() -> None:

@@ -20,7 +20,7 @@ from tests.support.equal import assert_same_function
 from tests.support.masks import mask_randomly
 from tests.support.micro import MICRO
 from tests.support.nets.base import Net, conv, image, randomise
-from tests.support.passes import kill, passes_before, prepared
+from tests.support.passes import all_of, at_odds, kill, passes_before, prepared
 
 R = Realization
 aten = torch.ops.aten
@@ -29,24 +29,6 @@ aten = torch.ops.aten
 def prefer(*wanted: Realization) -> Callable[[ConvRead, Realization], float]:
     """A cost under which these ways are taken wherever a conv has them."""
     return lambda _, way: 0.0 if way in wanted else 1.0
-
-
-def readers(kernel: int = 1, padding: int | str | None = None) -> nn.Module:
-    """A stream of 24 channels with three readers, of which no order serves all."""
-    padding = kernel // 2 if padding is None else padding
-    net = Net(
-        lambda n, x: _all(n.a(x).relu(), n.b, n.c, n.d),
-        a=conv(3, 24, 3),
-        **{name: nn.Conv2d(24, 8, kernel, padding=padding) for name in ("b", "c", "d")},
-    )
-    net = randomise(net).eval()
-    for number, reader in enumerate((net.b, net.c, net.d)):
-        kill(reader, inputs=[c for c in range(24) if (c // (number + 1)) % 2])
-    return net
-
-
-def _all(y: torch.Tensor, *branches: nn.Module) -> torch.Tensor:
-    return torch.cat([branch(y) for branch in branches], 1)
 
 
 def run(net: nn.Module, x: torch.Tensor, target: Target) -> tuple[nn.Module, Program]:
@@ -68,7 +50,7 @@ LAST = torch.channels_last
 @pytest.mark.parametrize("way", list(R), ids=lambda way: way.value)
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_every_way_computes_the_same(way: Realization, memory_format: Any, batch: int, kernel: int) -> None:
-    net = readers(kernel)
+    net = at_odds(kernel)
     x = torch.randn(batch, 3, 9, 8).contiguous(memory_format=memory_format)
     device = "cuda" if way is R.FUSED else "cpu"
     fast, _ = run(net, x, Target(device, cost=prefer(way)))
@@ -89,7 +71,7 @@ def test_every_way_computes_the_same(way: Realization, memory_format: Any, batch
 )
 def test_a_way_that_is_cheapest_is_taken(way: Realization, device: str, memory_format: Any, how: How) -> None:
     x = torch.randn(2, 3, 9, 8).contiguous(memory_format=memory_format)
-    fast, program = run(readers(), x, Target(device, cost=prefer(way)))
+    fast, program = run(at_odds(), x, Target(device, cost=prefer(way)))
     assert ways(program)[how] > 0
     assert parse(str(program)) == replace(program, dialect=None, costs=None)
     report = chanopt.explain(fast)
@@ -103,8 +85,8 @@ def test_a_way_that_is_cheapest_is_taken(way: Realization, device: str, memory_f
 def test_ways_that_copy_nothing_count_no_copies() -> None:
     x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
     for way, device in ((R.RUNS, "cpu"), (R.FUSED, "cuda")):
-        plain = chanopt.explain(run(readers(), x, Target(device, cost=prefer(R.VIEW, R.GATHER)))[0])
-        fast, _ = run(readers(), x, Target(device, cost=prefer(way)))
+        plain = chanopt.explain(run(at_odds(), x, Target(device, cost=prefer(R.VIEW, R.GATHER)))[0])
+        fast, _ = run(at_odds(), x, Target(device, cost=prefer(way)))
         report = chanopt.explain(fast)
         assert report.copies < plain.copies
         selected = [n for n in fast.graph.nodes if n.target is aten.index_select.default]  # type: ignore[union-attr]
@@ -113,7 +95,7 @@ def test_ways_that_copy_nothing_count_no_copies() -> None:
 
 @pytest.mark.parametrize("way", [R.COVER, R.DENSE])
 def test_a_wider_read_multiplies_zeros_and_gathers_nothing(way: Realization) -> None:
-    net, x = readers(3), torch.randn(1, 3, 9, 8)
+    net, x = at_odds(3), torch.randn(1, 3, 9, 8)
     narrow = chanopt.explain(run(net, x, Target("cpu"))[0])
     assert narrow.gathers > 0
     fast, program = run(net, x, Target("cpu", cost=prefer(way, R.VIEW)))
@@ -130,7 +112,7 @@ def test_a_wider_read_multiplies_zeros_and_gathers_nothing(way: Realization) -> 
 
 def test_a_weight_that_is_used_twice_is_widened_for_one_of_its_uses() -> None:
     net = Net(
-        lambda n, x: torch.cat([_all(n.a(x).relu(), n.b, n.c), n.b(n.e(x).relu())], 1),
+        lambda n, x: torch.cat([all_of(n.a(x).relu(), n.b, n.c), n.b(n.e(x).relu())], 1),
         a=conv(3, 24, 3),
         e=conv(3, 24, 3),
         b=conv(24, 8),
@@ -149,20 +131,20 @@ def test_the_plain_way_stays_where_another_gains_less_than_the_margin() -> None:
         return 0.99 if way is R.GEMM else 1.0
 
     x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
-    _, program = run(readers(), x, Target("cpu", cost=near))
+    _, program = run(at_odds(), x, Target("cpu", cost=near))
     assert set(ways(program)) == {How.OWN}
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_nchw_on_a_cpu_is_left_as_it_is(batch: int) -> None:
     """Views are free for one image; for several a product would gain little, and quantisers know convs only."""
-    program = prepared(readers(), image(), passes_before(RealizeReads), batch=batch)
+    program = prepared(at_odds(), image(), passes_before(RealizeReads), batch=batch)
     assert not RealizeReads()(program).modified
 
 
 def test_relu_writes_over_the_result_of_a_product() -> None:
     net = Net(
-        lambda n, x: _all(n.a(x).relu(), nn.Sequential(n.b, nn.ReLU(), n.d), n.c),
+        lambda n, x: all_of(n.a(x).relu(), nn.Sequential(n.b, nn.ReLU(), n.d), n.c),
         a=conv(3, 16),
         b=conv(16, 8),
         c=conv(16, 8),
@@ -188,7 +170,7 @@ def test_measured_costs_are_asked_for_once_for_all_convs(monkeypatch: pytest.Mon
     monkeypatch.setattr(Measured, "prepare", lambda self, reads: asked.append(len(reads)))
     monkeypatch.setattr(Measured, "__call__", lambda self, read, way: 1.0)
     x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
-    chanopt.optimize(readers(), (x,), target=Target("cpu", cost=Measured(path=None, progress=False)))
+    chanopt.optimize(at_odds(), (x,), target=Target("cpu", cost=Measured(path=None, progress=False)))
     assert len(asked) == 1
     assert asked[0] >= 2
 
@@ -222,7 +204,7 @@ def _close(net: nn.Module, fast: nn.Module, inputs: tuple[Any, ...]) -> None:
 )
 def test_padding_in_words(kernel: int, padding: str, fused: int) -> None:
     """A kernel of two has more zeros behind than in front, which the operator cannot."""
-    net, x = readers(kernel, padding), torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    net, x = at_odds(kernel, padding), torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
     fast, program = run(net, x, Target("cuda", cost=prefer(R.FUSED)))
     assert ways(program)[How.FUSED] == fused
     torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
@@ -231,14 +213,14 @@ def test_padding_in_words(kernel: int, padding: str, fused: int) -> None:
 def test_under_inductor_a_gpu_gathers_in_blocks_too() -> None:
     x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
     for compiler in ("eager", "inductor"):
-        report = chanopt.explain(run(readers(), x, Target("cuda", compiler))[0])
+        report = chanopt.explain(run(at_odds(), x, Target("cuda", compiler))[0])
         grains = {reader.name: reader.grain for segment in report.segments for reader in segment.instance.readers}
         assert [grains[name] for name in "bcd"] == [16, 16, 16]
 
 
 def test_a_widened_weight_takes_no_others_name() -> None:
     net = Net(
-        lambda n, x: torch.cat([_all(n.a(x).relu(), n.b), n.b(n.e(x).relu()) * n.b.weight_covering.sum()], 1),
+        lambda n, x: torch.cat([all_of(n.a(x).relu(), n.b), n.b(n.e(x).relu()) * n.b.weight_covering.sum()], 1),
         a=conv(3, 24, 3),
         e=conv(3, 24, 3),
         b=conv(24, 8),

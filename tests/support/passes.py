@@ -14,7 +14,7 @@ from chanopt.ir import Form, Kind, Op, Program, Read, parse, physical_read
 from chanopt.pass_infra import Pass, PassResult, checked
 from chanopt.passes import DEFAULT
 from tests.support.equal import assert_same_function, double_copy, to_double
-from tests.support.nets.base import Inputs
+from tests.support.nets.base import Inputs, Net, conv, randomise
 
 TOLERANCE = 1e-10
 """Relative error allowed in float64."""
@@ -28,6 +28,25 @@ def kill(layer: Any, *, outputs: Sequence[int] = (), inputs: Sequence[int] = (),
         layer.weight.index_fill_(columns, torch.tensor(list(inputs), dtype=torch.long), 0)
         if layer.bias is not None and bias is not None and outputs:
             layer.bias[list(outputs)] = bias
+
+
+def at_odds(kernel: int = 1, padding: int | str | None = None) -> nn.Module:
+    """A stream of 24 channels with three readers, of which no order serves all."""
+    padding = kernel // 2 if padding is None else padding
+    net = Net(
+        lambda n, x: all_of(n.a(x).relu(), n.b, n.c, n.d),
+        a=conv(3, 24, 3),
+        **{name: nn.Conv2d(24, 8, kernel, padding=padding) for name in ("b", "c", "d")},
+    )
+    net = randomise(net).eval()
+    for number, reader in enumerate((net.b, net.c, net.d)):
+        kill(reader, inputs=[c for c in range(24) if (c // (number + 1)) % 2])
+    return net
+
+
+def all_of(y: Tensor, *branches: nn.Module) -> Tensor:
+    """What several branches make of a tensor, in one."""
+    return torch.cat([branch(y) for branch in branches], 1)
 
 
 def passes_before(kind: type[Pass]) -> tuple[Pass, ...]:
