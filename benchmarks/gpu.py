@@ -521,7 +521,8 @@ def _half(module: fx.GraphModule, dtype: torch.dtype) -> fx.GraphModule:
     wide = set()
     for node in module.graph.nodes:
         if node.target is torch.ops.chanopt.gather_conv2d.default:
-            wide |= {str(node.args[i].target) for i in (2, 8, 9) if isinstance(node.args[i], fx.Node)}
+            given = [arg for position in (2, 8, 9) for arg in node.args[position : position + 1]]
+            wide |= {str(arg.target) for arg in given if isinstance(arg, fx.Node)}
     for name, buffer in list(module.named_buffers()):
         if not buffer.is_floating_point() or name in wide:
             continue

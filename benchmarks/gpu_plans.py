@@ -28,8 +28,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from chanopt.kernels import Call, Covered, coverage, pack
-
 PLANS = Path(__file__).parent / "plans"
 MODELS = {"resnet50": 224, "densenet121": 224, "efficientnet_v2_s": 384}
 VARIANTS = ("dense", "naive", "upscale", "chanopt")
@@ -37,15 +35,6 @@ SEED = 0
 
 aten = torch.ops.aten
 _TYPES: tuple[type, ...] = (torch.dtype, torch.memory_format, torch.device, torch.layout)
-_ACTS: dict[Any, str] = {
-    aten.relu.default: "relu",
-    aten.relu_.default: "relu",
-    aten.silu.default: "silu",
-    aten.silu_.default: "silu",
-    aten.hardswish.default: "hardswish",
-    aten.hardswish_.default: "hardswish",
-    aten.sigmoid.default: "sigmoid",
-}
 
 
 def plan_path(model: str, variant: str, folder: Path = PLANS) -> Path:
@@ -96,147 +85,6 @@ def load(path: Path, seed: int = SEED) -> fx.GraphModule:
     return fx.GraphModule(root, graph, path.name.partition(".")[0].replace("-", "_"))
 
 
-def fuse(module: fx.GraphModule) -> int:
-    """Replace gathers, slices and batch norms before convs by `chanopt::gather_conv2d`, with what follows the conv.
-
-    For channels-last memory and half precision; what no kernel covers there stays as it is.
-
-    Returns:
-        How many convs were replaced.
-    """
-    count = 0
-    for node in list(module.graph.nodes):
-        if node.target is aten.conv2d.default and _fuse_one(module, node):
-            count += 1
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return count
-
-
-def _fuse_one(module: fx.GraphModule, conv: fx.Node) -> bool:
-    weight, bias, stride, padding, dilation, groups = _conv_arguments(conv)
-    taken = conv.args[0]
-    assert isinstance(taken, fx.Node)
-    affine = None
-    act_before = "none"
-    chain = taken
-    if chain.target in _ACTS and len(chain.users) == 1 and isinstance(chain.args[0], fx.Node):
-        chain, act_before = chain.args[0], _ACTS[chain.target]
-    if chain.target is aten.batch_norm.default and len(chain.users) == 1:
-        affine, chain = chain, chain.args[0]
-    if affine is None:
-        act_before, chain = "none", taken
-    assert isinstance(chain, fx.Node)
-    source = _source(module, chain)
-    if source is None and affine is not None:
-        # Nothing to gather, but the batch norm and its activation need not be written to memory.
-        source = chain, list(range(chain.meta["val"].shape[1]))
-    value = conv.meta.get("val")
-    if source is None or groups != 1 or value is None or not isinstance(weight, fx.Node):
-        return False
-    x, index = source
-    total = x.meta["val"].shape[1]
-    old = _tensor(module, weight)
-    if total % 8 or old.shape[0] % 8 or old.shape[1] != len(index):
-        return False
-    scale = shift = None
-    if affine is not None:
-        gamma, beta, mean, variance = (_tensor(module, n) for n in affine.args[1:5])
-        scale = gamma / (variance + float(affine.args[7])) ** 0.5  # type: ignore[arg-type]
-        shift = beta - mean * scale
-    packed = pack(index, old, total, scale=scale, shift=shift)
-    example = Call(
-        torch.empty(1, total, *x.meta["val"].shape[2:], dtype=torch.half, device="meta").to(
-            memory_format=torch.channels_last
-        ),
-        packed.weight.half().to("meta"), None, packed.groups.to("meta"), 8, tuple(stride), tuple(padding),
-        tuple(dilation),
-    )  # fmt: skip
-    if not isinstance(coverage(example), Covered):
-        return False
-    last, residual, act = _epilogue(conv)
-    name = str(weight.target).replace(".", "_")
-    tables = {"weight": packed.weight, "groups": packed.groups, "scale": packed.scale, "shift": packed.shift}
-    made: dict[str, fx.Node | None] = {}
-    with module.graph.inserting_before(last):
-        for kind, tensor in tables.items():
-            if tensor is not None:
-                module.register_buffer(f"{name}_fused_{kind}", tensor)
-            made[kind] = None if tensor is None else module.graph.get_attr(f"{name}_fused_{kind}")
-        new = module.graph.call_function(
-            torch.ops.chanopt.gather_conv2d.default,
-            (
-                x, made["weight"], bias, made["groups"], 8, list(stride), list(padding), list(dilation),
-                made["scale"], made["shift"], act_before, residual, act,
-            ),
-        )  # fmt: skip
-    new.meta["val"] = last.meta.get("val")
-    last.replace_all_uses_with(new)
-    _erase(module.graph, last)
-    return True
-
-
-def _erase(graph: fx.Graph, last: fx.Node) -> None:
-    """Drop what a fused conv stands for, from its last node back to the gather.
-
-    Dead-code elimination would leave the operators that write in place.
-    """
-    chain = [last]
-    while chain:
-        node = chain.pop()
-        if node.users or node.op != "call_function":
-            continue
-        before = node.all_input_nodes
-        graph.erase_node(node)
-        chain += before
-
-
-def _epilogue(conv: fx.Node) -> tuple[fx.Node, fx.Node | None, str]:
-    """(the last node of what can be fused after a conv, what it adds, its activation)."""
-    last, residual, act = conv, None, "none"
-    user = _only_user(last)
-    if user is not None and user.target in (aten.add.Tensor, aten.add_.Tensor) and len(user.args) == 2:
-        other = next((arg for arg in user.args if arg is not last), None)
-        # The add stands where both operands are known, so the fused conv can stand there too.
-        if isinstance(other, fx.Node) and other.meta["val"].shape == last.meta["val"].shape:
-            last, residual = user, other
-    user = _only_user(last)
-    if user is not None and user.target in _ACTS:
-        last, act = user, _ACTS[user.target]
-    return last, residual, act
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _source(module: fx.GraphModule, taken: fx.Node) -> tuple[fx.Node, list[int]] | None:
-    """(the whole value, the channels that are taken of it)."""
-    if len(taken.users) != 1 or not isinstance(taken.args[0] if taken.args else None, fx.Node):
-        return None
-    x = taken.args[0]
-    assert isinstance(x, fx.Node)
-    if taken.target is aten.index_select.default and taken.args[1] == 1 and isinstance(taken.args[2], fx.Node):
-        return x, _tensor(module, taken.args[2]).tolist()
-    if taken.target is aten.slice.Tensor and taken.args[1] == 1:
-        start, end = taken.args[2:4]
-        return x, list(range(x.meta["val"].shape[1]))[start:end]  # type: ignore[misc]
-    return None
-
-
-def _conv_arguments(conv: fx.Node) -> tuple[Any, ...]:
-    given = [*conv.args[1:], *[None, None, [1, 1], [0, 0], [1, 1], 1][len(conv.args) - 1 :]]
-    return tuple(given)
-
-
-def propagate(module: fx.GraphModule, inputs: tuple[Tensor, ...]) -> None:
-    """Give every node its shape, under the name that torch.export uses."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-
-    FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*inputs)
-
-
 def masked(name: str, fraction: float = 0.5) -> nn.Module:
     """A network with random weights whose residual readers keep a fraction of their channels."""
     from benchmarks import zoo
@@ -266,36 +114,29 @@ def readers(name: str, convs: dict[str, nn.Conv2d]) -> list[str]:
     return [n for n in convs if rules[name](n)]
 
 
-def laid_out() -> tuple[Any, ...]:
-    """The default pipeline without the choice of how convs read: here every way is timed."""
-    from chanopt.passes import DEFAULT, AlignChannels, RealizeReads
-
-    return tuple(step for step in DEFAULT if not isinstance(step, AlignChannels | RealizeReads))
-
-
 def variants(name: str, resolution: int) -> dict[str, fx.GraphModule]:
     """A network's variants as modules; one that the peer cannot make is left out."""
     import chanopt
-    from benchmarks import peers, zoo
+    from benchmarks import arms, peers, zoo
     from chanopt.errors import ChanoptError
-    from chanopt.passes import FoldAffine, OrderChannels
+    from chanopt.passes import FoldAffine
 
-    x = (torch.randn(2, 3, resolution, resolution),)
+    x = (torch.randn(2, 3, resolution, resolution).contiguous(memory_format=torch.channels_last),)
     model = masked(name)
-    plain = tuple(step for step in laid_out() if not isinstance(step, OrderChannels))
-    made: dict[str, Any] = {
-        "dense": chanopt.optimize(zoo.build(name), x, pipeline=plain),
-        "naive": chanopt.optimize(model, x, pipeline=plain),
-    }
+
+    def folded(module: nn.Module) -> Any:
+        """Batch norms into convs, and no other choice."""
+        return chanopt.optimize(module, x, target="cuda", pipeline=(FoldAffine(),))
+
+    naive = arms.build("naive", arms.Subject(model, x)).module
+    made: dict[str, Any] = {"dense": folded(zoo.build(name)), "naive": folded(naive)}
     try:
         exported = peers.export(model, (x[0][:1],)).module.eval()
-        made["upscale"] = chanopt.optimize(exported, x, pipeline=(FoldAffine(),))
+        made["upscale"] = folded(exported)
     except (peers.PeerError, ImportError, ChanoptError) as error:
         print(f"{name}: no UPSCALE variant: {error}", file=sys.stderr)
-    ours: Any = chanopt.optimize(model, x, target="cuda", pipeline=laid_out())
-    propagate(ours, x)
-    print(f"{name}: {fuse(ours)} convs fused with their gather or prologue")
-    return made | {"chanopt": ours}
+    made["chanopt"] = chanopt.optimize(model, x, target="cuda")
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from chanopt.analysis.convs import image_conv
 from chanopt.analysis.demand import Mask
 from chanopt.analysis.widening import Lives, can_make, widened
-from chanopt.ir import Access, IndexMap, Kind, Layout, Op, Program, Read, flow_back
+from chanopt.ir import Access, Fusing, IndexMap, Kind, Layout, Op, Program, Read, flow_back
 from chanopt.pass_infra import Pass, PassResult
 from chanopt.target import Gains, Grain, Target
 
@@ -34,7 +34,9 @@ class AlignChannels(Pass):
         1. a value gets some channels that nobody needs, and with it whatever it is computed from, if a conv that gains
            by it is among those: first the channels beside the range that an addition takes of an operand;
         2. where a device has additions take operands whole, a value gets all of those;
-        3. a value that has too few of them, would grow too much, or whose channels may not change, is left alone, and
+        3. where convs gather while they load, a concat that only they read takes its operands as they lie, if it would
+           gather from one, and becomes no more than twice as wide: a gather and a concat copy its channels twice;
+        4. a value that has too few of them, would grow too much, or whose channels may not change, is left alone, and
            so is one that an op reads as it lies, if that op would have to copy the first channels of more.
 
     Before and after (a GPU, channels last)::
@@ -57,7 +59,7 @@ class AlignChannels(Pass):
             before = live
             for op in reversed(program.ops):
                 if op.result in live and len(program.values[op.result].shape) == 4:
-                    live = rounding.of(op, live)
+                    live = rounding.of(op, rounding.concatenated(op, live))
         changed = {
             name: replace(value, layout=Layout(value.live.channels, live[name]))
             for name, value in program.values.items()
@@ -83,6 +85,9 @@ class _Rounding:
         for op in program.ops:
             if any(read.access is Access.FLOW and read.value in self.fed for read in op.reads):
                 self.fed.add(op.result)
+
+        self.gathering: set[tuple[str, str]] = set(self._gathering()) if grain.whole_concats else set()
+        """Reads (of what, by what) that a conv's kernel does."""
 
     @property
     def worthwhile(self) -> bool:
@@ -115,7 +120,8 @@ class _Rounding:
         def arrange(value: str, mask: Mask) -> IndexMap:
             before = live[value].array
             new = np.setdiff1d(np.flatnonzero(mask), before)
-            if not np.isin(new, chosen).all():  # other channels than the result's
+            # Other channels than the result's, or such as must stay together.
+            if self.makers[value].block > 1 or not np.isin(new, chosen).all():
                 return IndexMap(np.concatenate([before, new]))
             first = front[np.isin(front, new)]
             rest = chosen[np.isin(chosen, new) & ~np.isin(chosen, first)]
@@ -126,6 +132,24 @@ class _Rounding:
             return live
         changed = [name for name in grown if grown[name] is not live[name]]
         return grown if self._pays(changed, live, grown, joins=len(cut) > 0) else live
+
+    def _gathering(self) -> Iterator[tuple[str, str]]:
+        fusing = Fusing(self.program)
+        for op in self.program.ops:
+            if image_conv(op, self.program) is not None:
+                first = next(iter(fusing.beside(op).before), op)
+                yield first.reads[0].value, first.result
+
+    def concatenated(self, op: Op, live: Lives) -> Lives:
+        """The live channels of every value once a concat takes its operands as they lie, if that is worth it."""
+        users = self.uses[op.result]
+        if op.kind is not Kind.CONCAT or not all((op.result, user.result) in self.gathering for user, _ in users):
+            return live
+        ranges = [len(self._positions(op, read, live).runs()) for read in op.reads]
+        made = np.concatenate([_carried(read, live[read.value].array) for read in op.reads])
+        if max(ranges) < 2 or len(made) > 2 * len(live[op.result]):
+            return live
+        return {**live, op.result: IndexMap(made)}
 
     def _beside(self, op: Op, live: Lives, *, far: bool) -> tuple[IntArray, IntArray]:
         """The result channels made of what lies in front of, and behind, a range that a join takes.
@@ -191,6 +215,16 @@ class _Rounding:
             or (self.grain.slices and image_conv(op, self.program) is not None)
             for op, read in self.uses[name]
         )
+
+
+def _carried(read: Read, channels: IntArray) -> IntArray:
+    """The result channels that channels of an operand become, in their order."""
+    (made,) = np.nonzero(read.index.array >= 0)
+    place = np.full(int(channels.max(initial=0)) + 1, -1)
+    came = read.index.array[made]
+    here = came < len(place)
+    place[came[here]] = made[here]
+    return place[channels][place[channels] >= 0]
 
 
 def _channels(op: Op, read: Read, live: Lives) -> int:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from chanopt.analysis.convs import image_conv
 from chanopt.analysis.weights import weight_param
-from chanopt.ir import How, IndexMap, Op, Param, Program, Read, physical_read
+from chanopt.ir import Beside, Fusing, How, IndexMap, Op, Param, Program, Read, physical_read
 from chanopt.pass_infra import Pass, PassResult
 from chanopt.target import ConvRead, Realization, Target
 
@@ -47,7 +48,8 @@ class RealizeReads(Pass):
     Cases:
         1. a 1x1 conv becomes a matrix product over the strided range, or a sum of such products over a few ranges,
            where the device would copy the range before a conv;
-        2. on a GPU, channels last, a conv becomes ``chanopt::gather_conv2d``, which gathers while it loads;
+        2. on a GPU, channels last, a conv becomes ``chanopt::gather_conv2d``, which gathers while it loads, and with it
+           what stands right before (a batch norm, or that and an activation) and right after (a sum, an activation);
         3. where copying costs more than multiplying with zeros, the read is widened to the shortest range that covers
            it, or to all of the tensor, with zero columns in the weight (on a CPU only where costs are measured).
 
@@ -68,20 +70,24 @@ class RealizeReads(Pass):
     def apply(self, program: Program) -> PassResult:
         """Decide conv by conv; a gather that several share is divided among them."""
         target = replace(Target.parse(program.target), cost=program.costs)
-        found = {op.result: read for op in program.ops if (read := _read(op, program)) is not None}
+        reads = _Reads(program, target)
+        found = {op.result: read for op in program.ops if (read := reads.of(op)) is not None}
         target.prepare(list(found.values()))
         shared = Counter(_place(op, found) for op in program.ops if op.result in found)
-        ops: list[Op] = []
         weights: dict[str, torch.Tensor] = {}
         notes: list[Realized] = []
+        new: dict[str, Op] = {}
         for op in program.ops:
-            if op.result in found:
-                read = replace(found[op.result], sharing=shared[_place(op, found)])
-                chosen = self._chosen(op, read, target)
-                notes.append(chosen)
-                op = _realized(op, chosen.way, program, weights)
-            ops.append(op)
-        changed = any(new is not old for new, old in zip(ops, program.ops, strict=True))
+            if op.result not in found:
+                continue
+            read = replace(found[op.result], sharing=shared[_place(op, found)])
+            chosen = self._chosen(op, read, target)
+            notes.append(chosen)
+            new[op.result] = _realized(op, chosen.way, program, weights)
+            if chosen.way is Realization.FUSED:
+                new |= {other.result: replace(other, how=How.INLINED) for other in reads.beside(op).ops}
+        ops = [new.get(op.result, op) for op in program.ops]
+        changed = any(after is not before for after, before in zip(ops, program.ops, strict=True))
         after = program.evolve(ops=ops, weights=weights) if changed else program
         return PassResult(after, changed, notes={READS: tuple(notes)})
 
@@ -93,19 +99,38 @@ class RealizeReads(Pass):
         return Realized(op.result, op.label(), best if gains else plain, costs)
 
 
-def _read(op: Op, program: Program) -> ConvRead | None:
-    """The conv of an op, if it reads a part of a tensor; None if it reads all, or is another op."""
-    window = image_conv(op, program)
-    if window is None or op.how is not How.OWN:
-        return None
-    value = op.reads[0].value
-    stored, made = len(program.values[value].live), len(program.values[op.result].live)
-    positions = physical_read(op, op.reads[0], program).positions
-    if not made or len(positions) in (0, stored):
-        return None
-    itemsize = program.weights[weight_param(op).name].element_size()
-    shape = (window.kernel, window.stride, window.padding, window.dilation, program.traced(value)[2:])
-    return ConvRead(stored, tuple(positions.runs()), made, *shape, program.batch, itemsize, program.channels_last)
+class _Reads:
+    """The convs of a program that have a choice."""
+
+    def __init__(self, program: Program, target: Target) -> None:
+        self.program = program
+        self.compiled = target.compiler == "inductor"
+        fuses = program.dialect is not None and target.fuses(channels_last=program.channels_last)
+        self.fusing = Fusing(program) if fuses else None
+
+    def beside(self, op: Op) -> Beside:
+        """What a kernel that gathers does with a conv."""
+        return self.fusing.beside(op) if self.fusing is not None else Beside()
+
+    def of(self, op: Op) -> ConvRead | None:
+        """The conv of an op, if it reads a part of a tensor, or a kernel can do what comes before it; else None."""
+        program, window = self.program, image_conv(op, self.program)
+        if window is None or op.how is not How.OWN:
+            return None
+        beside, value = self.beside(op), op.reads[0].value
+        positions = physical_read(op, op.reads[0], program).positions
+        if self.fusing is not None:
+            value, positions, _ = self.fusing.gathered(op, beside.before)
+        stored, made = len(program.values[value].live), len(program.values[op.result].live)
+        if not made or not len(positions) or (len(positions) == stored and not beside.before):
+            return None
+        # Inductor makes one pass of several, and lays the operands of a CPU's convs out channels last.
+        last = program.channels_last or (self.compiled and Target.parse(program.target).device == "cpu")
+        before, after = (min(len(ops), 1) if self.compiled else len(ops) for ops in (beside.before, beside.after))
+        itemsize = program.weights[weight_param(op).name].element_size()
+        runs = IndexMap(np.sort(positions.array)).runs()
+        shape = (window.kernel, window.stride, window.padding, window.dilation, program.traced(value)[2:])
+        return ConvRead(stored, tuple(runs), made, *shape, program.batch, itemsize, last, before=before, after=after)
 
 
 def _place(op: Op, found: Mapping[str, ConvRead]) -> tuple[str, tuple[tuple[int, int], ...]]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import chanopt
-from chanopt.ir import Form, Program, physical_read
+from chanopt.ir import Form, How, Kind, Program, physical_read, physical_reads
 from chanopt.pass_infra import checked
 from chanopt.passes import DEFAULT, AlignChannels
 from chanopt.target import Target
@@ -120,6 +120,81 @@ def test_a_concat_that_lost_an_operand_is_not_asked_for_its_channels() -> None:
     fast, program = run(net, x, Target("cuda"))
     torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
     assert {op.label() for op in program.ops if op.linear} == {"b", "d"}
+
+
+def test_channels_that_must_stay_together_do() -> None:
+    """A sum of a depthwise conv with two filters a channel and of what has an odd channel in front."""
+    net = Net(
+        lambda n, x: _odd(n, n.a(x), n.b(x)),
+        a=conv(3, 16),
+        b=conv(3, 8),
+        w=conv(8, 16, groups=8),
+        c=conv(16, 8),
+        d=conv(16, 8),
+    )
+    net = randomise(net).eval()
+    kill(net.c, inputs=[c for c in range(16) if c not in (10, 11, 14, 15)])
+    kill(net.d, inputs=[c for c in range(16) if c not in (0, 10, 11, 14, 15)])
+    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    fast, program = run(net, x, Target("cuda"))
+    assert made(program, "w") == 8
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def _odd(n: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.cat([n.c(x + n.w(y)), n.d(x)], 1)
+
+
+LAYERS = 5
+
+
+def dense(share: float, *, read_again: bool = False) -> nn.Module:
+    """Concats of all that was made, for convs behind a batch norm; or for such as cannot gather while they load too."""
+    net = Net(lambda n, x: _dense(n, n.a(x).relu(), read_again), a=conv(3, 16), b=conv(16, 16))
+    for number in range(LAYERS):
+        net.add_module(f"norm{number}", nn.BatchNorm2d(32 + 16 * number))
+        net.add_module(f"conv{number}", conv(32 + 16 * number, 16))
+        net.add_module(f"other{number}", nn.ConvTranspose2d(32 + 16 * number, 16, 1))
+    net = randomise(net).eval()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(LAYERS):
+        channels = 32 + 16 * number
+        dead = torch.randperm(channels, generator=generator)[: round(channels * (1 - share))]
+        kill(net.get_submodule(f"conv{number}"), inputs=dead.tolist())
+        kill(net.get_submodule(f"other{number}"), inputs=dead.tolist())
+    return net
+
+
+def _dense(n: Any, x: torch.Tensor, read_again: bool) -> torch.Tensor:
+    made = [x, n.b(x)]
+    for number in range(LAYERS):
+        x = torch.cat(made, 1)
+        made.append(getattr(n, f"conv{number}")(getattr(n, f"norm{number}")(x).relu()))
+        made[-1] = made[-1] + getattr(n, f"other{number}")(x) if read_again else made[-1]
+    return made[-1]
+
+
+def concatenated(program: Program) -> set[Form]:
+    """How concats take their operands."""
+    found = [physical_reads(op, program) for op in program.ops if op.kind is Kind.CONCAT]
+    return {physical.form for reads in found for _, physical in reads}
+
+
+@pytest.mark.parametrize("read_again", [False, True])
+def test_a_concat_for_convs_that_gather_takes_its_operands_as_they_lie(read_again: bool) -> None:
+    net, x = dense(0.6, read_again=read_again), torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    assert Form.GATHER in concatenated(run(net, x, Target("cuda"), UNROUNDED)[1])
+    fast, program = run(net, x, Target("cuda"))
+    assert (Form.GATHER in concatenated(program)) == read_again
+    norms = {op.how for op in program.ops if op.target == "aten.batch_norm.default"}
+    assert norms == {How.INLINED}
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_concat_of_few_channels_still_gathers_them() -> None:
+    net, x = dense(0.2), torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    _, program = run(net, x, Target("cuda"))
+    assert Form.GATHER in concatenated(program)
 
 
 # -- a CPU ---------------------------------------------------------------------------------------------------------------

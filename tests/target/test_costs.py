@@ -120,15 +120,25 @@ def test_auto_is_made_up_for_by_the_devices_own_name() -> None:
 # -- measured -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("beside", [(0, 0), (1, 1), (2, 2)])
 @pytest.mark.parametrize("layout", [HALF, LAST, replace(HALF, batch=3), replace(LAST, batch=3)])
 @pytest.mark.parametrize("runs", [((16, 48),), ((0, 8), (16, 40)), SCATTERED])
-def test_what_is_timed_computes_the_same_shape(layout: ConvRead, runs: tuple[tuple[int, int], ...]) -> None:
-    read = replace(layout, runs=runs)
+def test_what_is_timed_computes_the_same_shape(
+    layout: ConvRead, runs: tuple[tuple[int, int], ...], beside: tuple[int, int]
+) -> None:
+    read = replace(layout, runs=runs, before=beside[0], after=beside[1])
     for device_of_ways in ("cpu", "cuda"):
         names = {way.value for way in read.ways(device_of_ways, "eager")}
         calls = calls_of(read, "cpu")
-        for name in names & set(calls) | {"compact"}:
+        for name in (names | {"beside"}) & set(calls) | {"compact"}:
             assert calls[name]().shape == (read.batch, read.made, *read.size), name
+
+
+def test_what_a_kernel_does_besides_is_charged_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Measured, "_timed", lambda *_: {"view": 5.0, "fused": 6.0, "beside": 2.0, "compact": 3.0})
+    measured = Measured("cpu", None, progress=False)
+    dressed = replace(LAST, before=2, after=1)
+    assert [measured(dressed, way) for way in (R.VIEW, R.FUSED)] == [7.0, 6.0]
 
 
 def test_the_timed_ways_agree_with_each_other() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from chanopt.errors import IRError
 from chanopt.ir import (
     Access,
     Arg,
+    Beside,
     Form,
+    Fusing,
     How,
     IndexMap,
     Kind,
@@ -32,7 +35,7 @@ from chanopt.ir import (
     physical_read,
     physical_reads,
 )
-from chanopt.kernels import GROUP, pack
+from chanopt.kernels import GROUP, Packed, pack
 
 aten = torch.ops.aten
 Numbers = npt.NDArray[np.float64]
@@ -127,6 +130,15 @@ class AtenDialect:
         """How a conv moves over its operand; None for another op."""
         return _window(op, program)
 
+    def activation(self, op: Op) -> str:
+        """What the kernels call this activation; "" for another op."""
+        given = tuple(arg for arg in op.args if not isinstance(arg, Read))
+        return "" if op.kwargs else _ACTIVATIONS.get((op.target, given), "")
+
+    def is_sum(self, op: Op) -> bool:
+        """Whether the result is the sum of two operands."""
+        return op.target == "aten.add.Tensor" and len(op.args) == 2 and not op.kwargs
+
 
 def _window(op: Op, program: Program) -> Window | None:
     if not op.target.startswith("aten.conv"):
@@ -207,6 +219,15 @@ def _div(operands: list[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | No
     return None if zero else _arithmetic(lambda other, _: (1.0 / other, 0.0))(operands, kwargs)
 
 
+_ACTIVATIONS: dict[tuple[str, tuple[Arg, ...]], str] = {
+    ("aten.relu.default", ()): "relu",
+    ("aten.relu6.default", ()): "relu6",
+    ("aten.hardtanh.default", (0.0, 6.0)): "relu6",
+    ("aten.silu.default", ()): "silu",
+    ("aten.hardswish.default", ()): "hardswish",
+    ("aten.sigmoid.default", ()): "sigmoid",
+}
+"""By target and arguments."""
 _NEUTRAL = {"aten.add.Tensor": 0.0, "aten.sub.Tensor": 0.0, "aten.mul.Tensor": 1.0, "aten.div.Tensor": 1.0}
 _COMMUTATIVE = frozenset({"aten.add.Tensor", "aten.mul.Tensor"})
 _AFFINE: dict[str, Affine] = {
@@ -231,6 +252,13 @@ class _Emitter:
         self.given: set[str] = set()
         self.named = {param.name for op in program.ops for param in op.params}
         self.shapes: dict[fx.Node, tuple[tuple[int | str, ...], str]] = {}
+        self.ends: dict[str, Op] = {}
+        """By the last op that its kernel does, a conv whose kernel does more after it."""
+
+    @cached_property
+    def fusing(self) -> Fusing:
+        """What stands beside fused convs."""
+        return Fusing(self.program)
 
     def module(self) -> fx.GraphModule:
         interface = self.program.interface
@@ -275,6 +303,12 @@ class _Emitter:
             self.nodes[op.result] = self.operand(op, op.reads[0])
         elif op.kind is Kind.CONCAT:
             self.nodes[op.result] = self.concat(op)
+        elif op.how is How.INLINED:
+            if op.result in self.ends:
+                conv = self.ends[op.result]
+                self.nodes[op.result] = self.seen(conv, self.fused(conv))
+        elif op.how is How.FUSED and (after := self.fusing.inlined(op).after):
+            self.ends[after[-1].result] = op
         elif op.how is not How.OWN:
             self.nodes[op.result] = self.seen(op, _WAYS[op.how](self, op))
         else:
@@ -339,19 +373,48 @@ class _Emitter:
         return self.image(made, op)
 
     def fused(self, op: Op) -> fx.Node:
-        """A conv that gathers whole groups of channels while it loads; zero columns fill the groups up."""
-        read, weight, bias = op.reads[0], op.args[1], op.args[2]
-        positions = physical_read(op, read, self.program).positions
+        """A conv that gathers whole groups of channels while it loads; zero columns fill the groups up.
+
+        With it what its kernel does besides: the node stands for the last of those ops.
+        """
+        beside, weight, bias = self.fusing.inlined(op), op.args[1], op.args[2]
+        value, positions, channels = self.fusing.gathered(op, beside.before)
+        scale = shift = None
+        if beside.before:
+            scale, shift = self.scales(beside.before[0], channels)
         tensor, key = self.cut(op, weight)
-        packed = pack(positions.tolist(), tensor, len(self.program.values[read.value].live), group=GROUP)
+        columns = len(self.program.values[value].live)
+        packed = pack(positions.tolist(), tensor, columns, group=GROUP, scale=scale, shift=shift)
         wide = self.register(weight.name, packed.weight, buffer=weight.buffer, key=(key, positions))
-        groups = self.register(f"{read.value}_groups", packed.groups, buffer=True, key=(positions, GROUP))
-        operands = (self.nodes[read.value], wide, None if bias is None else self.param(op, bias), groups, GROUP)
+        groups = self.register(f"{value}_groups", packed.groups, buffer=True, key=(positions, GROUP))
+        operands = (self.nodes[value], wide, None if bias is None else self.param(op, bias), groups, GROUP)
         window = _window(op, self.program)
         assert window is not None  # a conv
         sizes = [list(window.stride), list(window.padding), list(window.dilation)]
+        more = self.besides(op, beside, packed) if beside.ops else ()
+        name = beside.after[-1].result if beside.after else op.result
         call = torch.ops.chanopt.gather_conv2d.default
-        return self.graph.create_node("call_function", call, (*operands, *sizes), {}, op.result)
+        return self.graph.create_node("call_function", call, (*operands, *sizes, *more), {}, name)
+
+    def scales(self, op: Op, channels: IndexMap) -> list[torch.Tensor]:
+        """(scale, shift) of channels of an affine op, in float64."""
+        made = self.program.known_dialect.affine(op, self.program)
+        assert made is not None  # ``Fusing`` has asked
+        return [torch.from_numpy(numbers[channels.array]) for numbers in made]
+
+    def besides(self, op: Op, beside: Beside, packed: Packed) -> tuple[Any, ...]:
+        """The last arguments of a fused conv: scale, shift, pre_act, residual, act."""
+        dialect, scale, shift, residual = self.program.known_dialect, None, None, None
+        if packed.scale is not None and packed.shift is not None:
+            name = beside.before[0].result
+            scale = self.register(f"{name}_scale", packed.scale, buffer=False, key=op.result)
+            shift = self.register(f"{name}_shift", packed.shift, buffer=False, key=op.result)
+        for after in beside.after:
+            if dialect.is_sum(after):
+                other = next(read for read in after.reads if read.value != op.result)
+                residual = self.operand(after, other)
+        acts = [dialect.activation(ops[-1]) if ops else "" for ops in (beside.before, beside.after)]
+        return scale, shift, acts[0] or "none", residual, acts[1] or "none"
 
     def weights(self, op: Op) -> tuple[fx.Node, fx.Node | None]:
         """The weight of a 1x1 conv as a matrix, and its bias."""

@@ -1,5 +1,6 @@
 """The channel-flow IR. Knows channels; knows no operator (docs/ir.md)."""
 
+from chanopt.ir.fusing import Beside, Fusing
 from chanopt.ir.index_map import IndexMap, Layout
 from chanopt.ir.program import (
     Access,
@@ -25,8 +26,10 @@ from chanopt.ir.text import parse
 __all__ = [
     "Access",
     "Arg",
+    "Beside",
     "Dialect",
     "Form",
+    "Fusing",
     "How",
     "IndexMap",
     "Interface",

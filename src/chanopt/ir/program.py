@@ -42,12 +42,13 @@ class Access(enum.Enum):
 
 
 class How(enum.Enum):
-    """How the dialect computes a linear op, where it has more than one way."""
+    """How the dialect computes an op, where it has more than one way."""
 
     OWN = "own"  # the operator that the op stands for, on one range or on gathered channels
     PRODUCT = "product"  # a matrix product over strided memory
     RUNS = "runs"  # a sum of such products, one for each range that is read: nothing is copied
     FUSED = "fused"  # a kernel that gathers while it loads, in whole groups of channels
+    INLINED = "inlined"  # within the kernel of the fused conv beside it
 
 
 class Marker(enum.Enum):
@@ -144,7 +145,7 @@ class Op:
         linear: ``args[:3]`` are (read, weight, bias or None) and the op is linear in the read.
         border: a constant channel other than zero does not give a constant contribution (zero padding, transposed
             conv, a padded average).
-        how: in which of its ways a linear op is computed.
+        how: in which of its ways it is computed.
         layer: the user's module, e.g. ``layer1.0.conv1``.
         source: the user's source line.
     """
@@ -280,6 +281,14 @@ class Dialect(Protocol):
         """How a conv, also a transposed one, moves over its operand; None for another op."""
         ...
 
+    def activation(self, op: Op) -> str:
+        """What the kernels call this activation (``chanopt.kernels.ACTIVATIONS``); "" for another op."""
+        ...
+
+    def is_sum(self, op: Op) -> bool:
+        """Whether the result is the sum of two operands."""
+        ...
+
 
 @dataclass(frozen=True)
 class Program:
@@ -334,9 +343,18 @@ class Program:
         Raises:
             IRError: the program was parsed from text and has no weights or no dialect.
         """
+        return self.known_dialect.emit(self)
+
+    @property
+    def known_dialect(self) -> Dialect:
+        """The dialect.
+
+        Raises:
+            IRError: the program was parsed from text and has none.
+        """
         if self.dialect is None:
             raise IRError("expected a program with a dialect, found one parsed from text alone; see Program.bind")
-        return self.dialect.emit(self)
+        return self.dialect
 
     def bind(self, like: Program) -> Program:
         """The same program with the weights and the dialect of another, e.g. after parsing its text."""

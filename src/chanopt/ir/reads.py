@@ -18,7 +18,7 @@ class Form(enum.Enum):
     WHOLE = "whole"
     RANGE = "range"
     GATHER = "gather"
-    FUSED = "fused"  # several ranges, which the op reads itself: no copy
+    FUSED = "fused"  # several ranges, which the op, or the conv that does it, reads itself: no copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,8 @@ def physical_read(op: Op, read: Read, program: Program) -> PhysicalRead:
     if op.block > 1:  # a channel that is spread out, or multiplied by a depthwise conv, is read once
         wanted, positions = IndexMap(wanted.array[:: op.block]), IndexMap(positions.array[:: op.block])
     form = _form(positions, len(layout))
-    if form is Form.GATHER and read.access is Access.SET and op.how in (How.RUNS, How.FUSED):
+    itself = op.how is How.INLINED or (read.access is Access.SET and op.how in (How.RUNS, How.FUSED))
+    if form is Form.GATHER and itself:
         form = Form.FUSED
     return PhysicalRead(wanted, positions, form)
 

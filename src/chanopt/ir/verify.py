@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from chanopt.errors import IRError
-from chanopt.ir.program import Access, Kind, Op, Param, Program, Read, Value
+from chanopt.ir.fusing import Fusing
+from chanopt.ir.program import Access, How, Kind, Op, Param, Program, Read, Value
 from chanopt.ir.reads import flow_back
 
 
@@ -24,6 +25,7 @@ def verify(program: Program) -> None:
         7. A result that exists in blocks has whole blocks; inside one the order is the logical one.
         8. A grouped mix has as many channels in every group that is left, groups in order.
         9. Every parameter has a tensor (if the program has any) with as many entries as the channels it follows.
+        10. An inlined op stands beside a fused conv whose kernel can do it (asked if there are weights and a dialect).
 
     Raises:
         IRError: the rule, the op, its layer and source line.
@@ -35,9 +37,20 @@ def verify(program: Program) -> None:
                 f"{problem}\n  in op: {op.target} -> %{op.result} (layer {op.layer or '-'})\n  from: {op.source or '-'}"
             )
         made.add(op.result)
+    for op in _astray(program):
+        raise IRError(f"rule 10: expected a fused conv beside the inlined op {op.label()}, found none that can do it")
     sinks = [op for op in program.ops if op.kind is Kind.SINK]
     if len(sinks) != 1 or program.ops[-1] is not sinks[0]:
         raise IRError(f"rule 2: expected exactly one sink at the end, found {len(sinks)}")
+
+
+def _astray(program: Program) -> Iterator[Op]:
+    inlined = [op for op in program.ops if op.how is How.INLINED]
+    if not inlined or program.dialect is None or not program.weights:
+        return
+    fusing = Fusing(program)
+    done = {op.result for conv in program.ops if conv.how is How.FUSED for op in fusing.inlined(conv).ops}
+    yield from (op for op in inlined if op.result not in done)
 
 
 def _problems(op: Op, program: Program, made: set[str]) -> Iterator[str]:

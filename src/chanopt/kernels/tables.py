@@ -93,8 +93,8 @@ def pack(
         groups=torch.tensor(groups, dtype=torch.int32, device=weight.device),
         group=group,
         weight=wide,
-        scale=_spread(scale, at, count),
-        shift=_spread(shift, at, count),
+        scale=_spread(scale, at, count, weight),
+        shift=_spread(shift, at, count, weight),
     )
 
 
@@ -136,18 +136,18 @@ def pack_depthwise(
         groups=torch.tensor(groups, dtype=torch.int32, device=weight.device),
         group=group,
         weight=wide.permute(2, 3, 0, 1),
-        scale=_spread(scale, at, count),
-        shift=_spread(shift, at, count),
+        scale=_spread(scale, at, count, weight),
+        shift=_spread(shift, at, count, weight),
     )
     return packed, places
 
 
-def _spread(vector: Tensor | None, at: Tensor, count: int) -> Tensor | None:
+def _spread(vector: Tensor | None, at: Tensor, count: int, like: Tensor) -> Tensor | None:
+    """A prologue's numbers at their columns; float32 even where the weight is in half precision."""
     if vector is None:
         return None
-    made = torch.zeros(count, dtype=torch.float32, device=vector.device)
-    made[at] = vector.detach().float()
-    return made
+    dtype = torch.float64 if like.dtype is torch.float64 else torch.float32
+    return torch.zeros(count, dtype=dtype, device=like.device).index_copy(0, at, vector.detach().to(like.device, dtype))
 
 
 def _check(index: Sequence[int], columns: int, channels: int, group: int) -> None:

@@ -44,7 +44,15 @@ _PRODUCT = 0.95
 def seconds(read: ConvRead, way: Realization, device: str) -> float:
     """Predicted seconds of a conv that reads in one of its `ways`."""
     machine = MACHINES.get(device, MACHINES["cuda"])
-    copied = 2 * _bytes(read, read.taken) / machine.bandwidth + machine.launch
+    if way is Realization.FUSED:
+        return _fused(read, machine)
+    passes = read.before * _pass(_bytes(read, read.taken), machine) + read.after * _pass(_made(read), machine)
+    return passes + _apart(read, way, machine, device)
+
+
+def _apart(read: ConvRead, way: Realization, machine: Machine, device: str) -> float:
+    """A conv that reads in one of the ways but the fused one, without what stands beside it."""
+    copied = _pass(_bytes(read, read.taken), machine)
     taken = _conv(read, read.taken, machine, device)
     if way is Realization.VIEW:
         return taken + (copied if _is_copied(read, read.is_whole) else 0.0)
@@ -53,27 +61,34 @@ def seconds(read: ConvRead, way: Realization, device: str) -> float:
     if way is Realization.GEMM:
         return taken * _PRODUCT + (copied / read.sharing if len(read.runs) > 1 else 0.0)
     if way is Realization.RUNS:
-        added = 2 * read.pixels_out * read.made * read.itemsize / machine.bandwidth + machine.launch
-        return taken * _PRODUCT + added * (len(read.runs) - 1)
-    if way is Realization.FUSED:
-        return _fused(read, machine)
+        return taken * _PRODUCT + _pass(_made(read), machine) * (len(read.runs) - 1)
     channels = read.span if way is Realization.COVER else read.stored
-    moved = 2 * _bytes(read, channels) / machine.bandwidth + machine.launch
+    moved = _pass(_bytes(read, channels), machine)
     return _conv(read, channels, machine, device) + (moved if _is_copied(read, channels == read.stored) else 0.0)
 
 
+def _pass(count: int, machine: Machine) -> float:
+    """Reading so many bytes and writing as many."""
+    return 2 * count / machine.bandwidth + machine.launch
+
+
 def _is_copied(read: ConvRead, whole: bool) -> bool:
-    return not whole and (read.channels_last or read.batch > 1)
+    return not whole and not read.before and (read.channels_last or read.batch > 1)
 
 
 def _bytes(read: ConvRead, channels: int) -> int:
     return read.pixels * channels * read.itemsize
 
 
+def _made(read: ConvRead) -> int:
+    """Bytes of the result."""
+    return read.pixels_out * read.made * read.itemsize
+
+
 def _conv(read: ConvRead, channels: int, machine: Machine, device: str) -> float:
     """A conv of so many contiguous channels."""
     macs = read.pixels_out * read.made * channels * read.kernel[0] * read.kernel[1]
-    moved = _bytes(read, channels) + read.pixels_out * read.made * read.itemsize
+    moved = _bytes(read, channels) + _made(read)
     rate = machine.macs if device == "cpu" or read.itemsize <= 2 else machine.macs / 2
     return max(macs / rate, moved / machine.bandwidth) + machine.launch
 
@@ -81,6 +96,6 @@ def _conv(read: ConvRead, channels: int, machine: Machine, device: str) -> float
 def _fused(read: ConvRead, machine: Machine) -> float:
     columns, sectors = len(read.blocks(GROUP)) * GROUP, len(read.blocks(SECTOR)) * SECTOR
     macs = read.pixels_out * read.made * columns * read.kernel[0] * read.kernel[1]
-    moved = _bytes(read, min(sectors, read.stored)) + read.pixels_out * read.made * read.itemsize
+    moved = _bytes(read, min(sectors, read.stored)) + _made(read)
     rate = machine.fused_macs if read.itemsize <= 2 else machine.fused_macs / 2
     return max(macs / rate, moved / machine.bandwidth) + machine.launch

@@ -29,6 +29,7 @@ class Grain:
         slices: whether a conv takes the first channels of a tensor as quickly as all of it.
         whole_joins: whether an addition is slower for taking a part of an operand: Inductor has oneDNN add the operand
             while a conv stores its result, and for a part makes a copy of it first.
+        whole_concats: whether a concat for convs that gather while they load is slower for gathering from its operands.
     """
 
     multiple: int
@@ -36,6 +37,7 @@ class Grain:
     gains: Gains
     slices: bool
     whole_joins: bool = False
+    whole_concats: bool = False
 
 
 def grain(device: str, compiler: str, *, channels_last: bool, batch: int) -> Grain | None:
@@ -46,7 +48,7 @@ def grain(device: str, compiler: str, *, channels_last: bool, batch: int) -> Gra
     1x1 conv over channels last 0.5 to 0.95 with a multiple of 8; one that reads more channels takes longer for each.
     """
     if fuses(device, channels_last=channels_last):
-        return Grain(GROUP, math.inf, Gains.ALL, slices=True)
+        return Grain(GROUP, math.inf, Gains.ALL, slices=True, whole_concats=True)
     if device != "cpu":
         return None
     if compiler == "inductor":

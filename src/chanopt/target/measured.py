@@ -20,6 +20,7 @@ from chanopt.target.read import ConvRead
 from chanopt.target.realization import Realization
 
 _KEY = "costs"
+_BESIDE = "beside"
 _ROUNDS = 7
 _DTYPES = {2: torch.float16, 4: torch.float32, 8: torch.float64}
 
@@ -64,7 +65,7 @@ class Measured:
         if known is None or way.value not in known:
             self.prepare([read])
             known = self._known[self._key(read)]
-        plain = known[way.value]
+        plain = known[way.value] + (0.0 if way is Realization.FUSED else known.get(_BESIDE, 0.0))
         if read.sharing == 1 or len(read.runs) == 1 or way not in (Realization.GATHER, Realization.GEMM):
             return plain
         # One gather serves all that share it.
@@ -103,7 +104,10 @@ def _seconds_by_way(entry: Mapping[str, float]) -> dict[str, float]:
 
 
 def calls_of(read: ConvRead, device: str) -> Mapping[str, Call]:
-    """Something to call for every way that the conv has, by its name, and "compact": nothing to gather."""
+    """Something to call for every way that the conv has, by its name.
+
+    And "compact", with nothing to gather; "beside", what the fused way does besides and the others leave to others.
+    """
     generator = torch.Generator().manual_seed(0)
     dtype = _DTYPES[read.itemsize]
     memory_format = torch.channels_last if read.channels_last else torch.contiguous_format
@@ -132,6 +136,15 @@ def calls_of(read: ConvRead, device: str) -> Mapping[str, Call]:
     groups += [groups[-1]] * (columns // GROUP - len(groups))
     table = torch.tensor(groups, dtype=torch.int32, device=device)
     wide, wide_bias = random(read.made, columns, *read.kernel), bias.float()
+    scales = random(columns, 2, 1, 1).float() if read.before else None
+    result = random(read.batch, read.made, *read.size_out)
+    besides: dict[str, Any] = {
+        "scale": None if scales is None else scales[:, 0].flatten(),
+        "shift": None if scales is None else scales[:, 1].flatten(),
+        "pre_act": "relu" if read.before > 1 else "none",
+        "residual": result if read.after > 1 else None,
+        "act": "relu" if read.after else "none",
+    }
 
     def conv(operand: Tensor, by: Tensor) -> Tensor:
         return functional.conv2d(operand, by, bias, **geometry)
@@ -141,12 +154,21 @@ def calls_of(read: ConvRead, device: str) -> Mapping[str, Call]:
         Realization.GATHER: lambda: conv(take(), own),
         Realization.GEMM: lambda: _product(x[:, first:last] if len(read.runs) == 1 else take(), own, bias, read),
         Realization.RUNS: lambda: _by_runs(x, own, bias, read),
-        Realization.FUSED: lambda: gather_conv2d(x, wide, wide_bias, table, GROUP, **geometry),
+        Realization.FUSED: lambda: gather_conv2d(x, wide, wide_bias, table, GROUP, **geometry, **besides),
         Realization.COVER: lambda: conv(x[:, first:last], span),
         Realization.DENSE: lambda: conv(x, weight),
     }
     ways = {way.value: calls[way] for way in read.ways(device, "eager")}
-    return ways | {"compact": lambda: conv(compact, own)}
+    passes: dict[str, Call] = {_BESIDE: lambda: _passes(compact, result, read)} if read.before or read.after else {}
+    return ways | passes | {"compact": lambda: conv(compact, own)}
+
+
+def _passes(operand: Tensor, result: Tensor, read: ConvRead) -> Tensor:
+    for _ in range(read.before):
+        operand = operand.relu()
+    for _ in range(read.after):
+        result = result.relu_()
+    return result
 
 
 def _product(operand: Tensor, weight: Tensor, bias: Tensor, read: ConvRead) -> Tensor:

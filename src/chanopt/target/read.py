@@ -34,6 +34,8 @@ class ConvRead:
         itemsize: bytes of an element.
         channels_last: whether the operand lies channels last.
         sharing: convs that read these very positions: one copy serves all of them.
+        before, after: passes over the operand, and over the result, that a kernel that gathers saves: what is computed
+            channel by channel right before the conv, on the channels it takes, and right after it.
     """
 
     stored: int
@@ -48,6 +50,8 @@ class ConvRead:
     itemsize: int
     channels_last: bool
     sharing: int = 1
+    before: int = 0
+    after: int = 0
 
     @property
     def taken(self) -> int:
@@ -80,10 +84,15 @@ class ConvRead:
         return self.batch * prod(self.size)
 
     @property
+    def size_out(self) -> tuple[int, ...]:
+        """(height, width) of the result."""
+        ends = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((s + 2 * p - d * (k - 1) - 1) // step + 1 for s, k, step, p, d in ends)
+
+    @property
     def pixels_out(self) -> int:
         """Pixels of the result, over the batch."""
-        ends = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
-        return self.batch * prod((s + 2 * p - d * (k - 1) - 1) // step + 1 for s, k, step, p, d in ends)
+        return self.batch * prod(self.size_out)
 
     def blocks(self, grain: int) -> list[int]:
         """The aligned blocks of so many positions in which something is read, ascending."""
@@ -97,9 +106,10 @@ class ConvRead:
             yield Realization.GEMM
             if 1 < len(self.runs) <= MOST_RUNS:
                 yield Realization.RUNS
-        if not single and self.span < self.stored:
+        if not single and self.span < self.stored and not self.before:
             yield Realization.COVER
-        if not self.is_whole:
+        if not self.is_whole and not self.before:
             yield Realization.DENSE
-        if fuses(device, channels_last=self.channels_last) and not self.is_whole and self.has_kernel:
+        gains = self.before or not self.is_whole
+        if fuses(device, channels_last=self.channels_last) and gains and self.has_kernel:
             yield Realization.FUSED
