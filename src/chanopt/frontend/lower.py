@@ -14,7 +14,8 @@ from torch import fx
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from chanopt.codegen.aten import AtenDialect, resolve
+from chanopt.codegen.aten import AtenDialect
+from chanopt.codegen.operators import resolve
 from chanopt.codegen.torch_names import OpOverload, parameters, pytree_info
 from chanopt.errors import CaptureError, IRError, LoweringError
 from chanopt.frontend.capture import Captured, first_line

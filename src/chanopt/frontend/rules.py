@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from chanopt.codegen.aten import resolve
+from chanopt.codegen.operators import resolve
 from chanopt.frontend.lower import Call, Const, Lowering, Moved, Refused, Rule, Scalar
 from chanopt.frontend.rearrange import Rearranged, addresses, classify
 from chanopt.ir import Access, Arg, IndexMap, Kind, Marker, Read, Value

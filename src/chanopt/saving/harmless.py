@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from chanopt.codegen.aten import resolve
+from chanopt.codegen.operators import resolve
 from chanopt.codegen.torch_names import OpOverload, parameters
 from chanopt.errors import IRError
 from chanopt.ir import Kind, Marker, Op, Param, Program, Read, leaves
