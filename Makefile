@@ -52,7 +52,7 @@ demo: $(VENV)/.run
 	$(ENV) $(BIN)/chanopt demo $(ARGS)
 
 test: $(VENV)/.test
-	$(ENV) $(BIN)/python -m pytest -n $(JOBS) -m 'slow or not slow' $(ARGS)
+	$(ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m 'slow or not slow' $(ARGS)
 
 quick: $(VENV)/.test
 	$(ENV) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,7 @@ FUSED: Callable[[ConvRead, Realization], float] = lambda _, way: float(way is no
 Body = Callable[[Any, Tensor], Tensor]
 
 
+@functools.cache
 def compiled(body: Body, target: str = "cuda", cost: Any = FUSED) -> tuple[fx.GraphModule, Program]:
     """A net in which `c` and `d` read half of a stream of 32 channels, and what the compiler makes of it for a GPU."""
     net = Net(
