@@ -147,7 +147,8 @@ class _Rounding:
             return live
         ranges = [len(self._positions(op, read, live).runs()) for read in op.reads]
         made = np.concatenate([_carried(read, live[read.value].array) for read in op.reads])
-        if max(ranges) < 2 or len(made) > 2 * len(live[op.result]):
+        before = live[op.result].array
+        if max(ranges) < 2 or not len(before) <= len(made) <= 2 * len(before) or not np.isin(before, made).all():
             return live
         return {**live, op.result: IndexMap(made)}
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import chanopt
 from chanopt.analysis.figures import figures
 from chanopt.errors import IRError
 from chanopt.frontend import RULES, capture, lower_captured
@@ -160,3 +161,37 @@ def test_inductor_makes_one_pass_of_several() -> None:
         found.clear()
         compiled(CASES["all"][0], str(Target("cuda", compiler)), note)
         assert set(found) == {expected}
+
+
+def test_a_sum_that_may_broadcast_at_other_sizes_is_done_apart() -> None:
+    net = Net(
+        lambda n, x: (lambda y: n.head((y.mean((2, 3), keepdim=True) + n.c(y)).relu()))(n.stem(x).relu()),
+        stem=nn.Conv2d(3, 32, 3, padding=1, stride=2),
+        c=conv(32, 32),
+        head=conv(32, 8),
+    )
+    net = randomise(net).eval()
+    kill(net.c, inputs=range(0, 32, 2))
+    x, larger = (torch.randn(2, 3, size, size).contiguous(memory_format=LAST) for size in (2, 8))
+    fast = chanopt.optimize(net, (x,), target=Target("cuda", cost=FUSED))
+    for images in (x, larger):
+        torch.testing.assert_close(fast(images), net(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["batch_norm_scale", "batch_norm_shift", "relu_groups"])
+@pytest.mark.parametrize("part", [conv(32, 8), nn.Parameter(torch.ones(1))], ids=["module", "parameter"])
+def test_names_of_the_users_stay_theirs(name: str, part: Any) -> None:
+    def body(n: Any, x: Tensor) -> Tensor:
+        y = n.stem(x).relu()
+        z, own = n.c(n.norm(y).relu()) + y, getattr(n, name)
+        return own(z) if isinstance(own, nn.Module) else torch.maximum(n.head(z), own)
+
+    parts: dict[str, Any] = {"stem": conv(3, 32), "norm": nn.BatchNorm2d(32), "c": conv(32, 32), "head": conv(32, 8)}
+    net = randomise(Net(body, **parts, **{name: part})).eval().double()
+    kill(net.c, inputs=range(0, 32, 2))
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64).contiguous(memory_format=LAST)
+    fast = chanopt.optimize(net, (x,), target=Target("cuda", cost=FUSED))
+    assert_same_function(net, fast, (x,))
+    theirs = f"{name}.weight" if isinstance(part, nn.Module) else name
+    after, before = (module.state_dict()[theirs].flatten().sort().values for module in (fast, net))
+    assert torch.equal(after, before)  # channels may have moved

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -53,6 +54,8 @@ class _Emitter:
         self.names: dict[str, list[tuple[Any, str]]] = {}
         self.given: set[str] = set()
         self.named = {param.name for op in program.ops for param in op.params}
+        self.owners = {name[: dot.start()] for name in self.named for dot in re.finditer(r"\.", name)}
+        """Names of modules: a tensor of that name would stand in their way."""
         self.shapes: dict[fx.Node, tuple[tuple[int | str, ...], str]] = {}
         self.ends: dict[str, Op] = {}
         """By the last op that its kernel does, a conv whose kernel does more after it."""
@@ -188,7 +191,7 @@ class _Emitter:
         columns = len(self.program.values[value].live)
         packed = pack(positions.tolist(), tensor, columns, group=GROUP, scale=scale, shift=shift)
         wide = self.register(weight.name, packed.weight, buffer=weight.buffer, key=(key, positions))
-        groups = self.register(f"{value}_groups", packed.groups, buffer=True, key=(positions, GROUP))
+        groups = self.add(f"{value}_groups", packed.groups, buffer=True, key=(positions, GROUP))
         operands = (self.nodes[value], wide, None if bias is None else self.param(op, bias), groups, GROUP)
         window = self.program.known_dialect.window(op, self.program)
         assert window is not None  # a conv
@@ -209,8 +212,8 @@ class _Emitter:
         dialect, scale, shift, residual = self.program.known_dialect, None, None, None
         if packed.scale is not None and packed.shift is not None:
             name = beside.before[0].result
-            scale = self.register(f"{name}_scale", packed.scale, buffer=False, key=op.result)
-            shift = self.register(f"{name}_shift", packed.shift, buffer=False, key=op.result)
+            scale = self.add(f"{name}_scale", packed.scale, buffer=False, key=op.result)
+            shift = self.add(f"{name}_shift", packed.shift, buffer=False, key=op.result)
         for after in beside.after:
             if dialect.is_sum(after):
                 other = next(read for read in after.reads if read.value != op.result)
@@ -263,9 +266,7 @@ class _Emitter:
 
     def gather(self, value: str, physical: PhysicalRead) -> fx.Node:
         name = f"{value}_channels"
-        index = self.register(
-            name, torch.from_numpy(physical.positions.array.copy()), buffer=True, key=physical.positions
-        )
+        index = self.add(name, torch.from_numpy(physical.positions.array.copy()), buffer=True, key=physical.positions)
         node, axis, rank = self.nodes[value], self.axis(value), len(self.program.values[value].shape)
         if self.program.channels_last and rank == 4 and axis == 1:
             last = self.graph.call_function(aten.permute.default, (node, [0, 2, 3, 1]))
@@ -324,6 +325,12 @@ class _Emitter:
         tensor = cut(self.program.weights[param.name], param, rows, columns, op, self.program)
         return tensor, (param.out, param.inn, rows, columns, op.groups if columns is not None else 1)
 
+    def add(self, name: str, tensor: torch.Tensor, *, buffer: bool, key: Any) -> fx.Node:
+        """Register a tensor that the user knows nothing of: no name of theirs is taken."""
+        while name in self.named or name in self.owners:
+            name += "_"
+        return self.register(name, tensor, buffer=buffer, key=key)
+
     def register(self, name: str, tensor: torch.Tensor, *, buffer: bool, key: Any) -> fx.Node:
         """Register a tensor under its name; a second cut of the same tensor gets a name of its own."""
         known = self.names.setdefault(name, [])
@@ -331,7 +338,7 @@ class _Emitter:
             if other == key:
                 return self.graph.get_attr(full)
         count, full = len(known), f"{name}_{len(known)}" if known else name
-        while full in self.given or (full in self.named and full != name):
+        while full in self.given or full in self.owners or (full in self.named and full != name):
             count, full = count + 1, f"{name}_{count + 1}"
         known.append((key, full))
         self.given.add(full)

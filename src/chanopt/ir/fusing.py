@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import takewhile
 
+import numpy as np
+
 from chanopt.ir.index_map import IndexMap
 from chanopt.ir.program import How, Kind, Op, Program, Read
 from chanopt.ir.reads import Form, physical_read
@@ -92,8 +94,11 @@ class Fusing:
         return users[0][0] if len(users) == 1 else None
 
     def _adds(self, op: Op, conv: Op) -> bool:
-        """Whether an op adds to a conv what is there before it: of two convs in a sum, the later has the sum."""
-        if not self.dialect.is_sum(op) or len(op.reads) != 2:
+        """Whether an op adds to a conv what is there before it: of two convs in a sum, the later has the sum.
+
+        Sizes that are alike in the example are alike for other images too, but for those of 1: these may broadcast.
+        """
+        if not self.dialect.is_sum(op) or len(op.reads) != 2 or 1 in self.program.values[op.result].shape[2:]:
             return False
         made, values = self.program.values[op.result], [self.program.values[read.value] for read in op.reads]
         alike = all((value.shape, value.dtype, value.axis) == (made.shape, made.dtype, made.axis) for value in values)
@@ -104,7 +109,8 @@ class Fusing:
         return bool(self.dialect.activation(op)) and self._is_straight(op)
 
     def _is_affine(self, op: Op) -> bool:
-        return self._is_straight(op) and self.dialect.affine(op, self.program) is not None
+        made = self.dialect.affine(op, self.program) if self._is_straight(op) else None
+        return made is not None and all(np.isfinite(numbers).all() for numbers in made)
 
     def _is_straight(self, op: Op) -> bool:
         """Whether channel i of an image comes from channel i of one like it."""
