@@ -39,7 +39,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("both", 0.5),
 )
 
-SMOKE_SETTINGS: tuple[Setting, ...] = (Setting("both", 0.5),)
+SMOKE_SETTINGS: tuple[Setting, ...] = (Setting("input", 0.5), Setting("both", 0.5))
 
 # One network of each kind: residual, dense, branching, inverted residual, gated, shuffled, grouped, layer
 # norm, ghost.
@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--models", nargs="+", type=zoo.network, metavar="NAME", help="default: all of the zoo")
     made.add_argument("--settings", nargs="+", type=setting, metavar="SIDE:AMOUNT", help="default: all five")
     made.add_argument("--small", action="store_true", help="the least resolution each network accepts")
-    made.add_argument("--smoke", action="store_true", help="a few networks, small, one setting")
+    made.add_argument("--smoke", action="store_true", help="a few networks, small, two settings")
     made.add_argument("--jobs", type=int, default=2, help="networks at a time (default: 2)")
     made.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="for one network")
     made.add_argument("--out", type=Path, help="default: benchmarks/results/sweep.csv (smoke.csv with --smoke)")
