@@ -146,7 +146,7 @@ class _Rounding:
         if op.kind is not Kind.CONCAT or not all((op.result, user.result) in self.gathering for user, _ in users):
             return live
         ranges = [len(self._positions(op, read, live).runs()) for read in op.reads]
-        made = np.concatenate([_carried(read, live[read.value].array) for read in op.reads])
+        made = np.concatenate([self._carried(read, live) for read in op.reads])
         before = live[op.result].array
         if max(ranges) < 2 or not len(before) <= len(made) <= 2 * len(before) or not np.isin(before, made).all():
             return live
@@ -177,8 +177,16 @@ class _Rounding:
 
     def _positions(self, op: Op, read: Read, live: Lives) -> IndexMap:
         """Where the channels lie that an op reads."""
-        layout = Layout(self.program.values[read.value].live.channels, live[read.value])
-        return layout.positions(flow_back(read, live[op.result]))
+        return self._layout(read.value, live).positions(flow_back(read, live[op.result]))
+
+    def _carried(self, read: Read, live: Lives) -> IntArray:
+        """The result channels that the live channels of an operand become, in the order in which those lie."""
+        made = np.flatnonzero(np.isin(read.index.array, live[read.value].array))
+        positions = self._layout(read.value, live).positions(IndexMap(read.index.array[made]))
+        return made[np.argsort(positions.array, kind="stable")]
+
+    def _layout(self, value: str, live: Lives) -> Layout:
+        return Layout(self.program.values[value].live.channels, live[value])
 
     def _pays(self, changed: Sequence[str], live: Lives, grown: Lives, *, joins: bool) -> bool:
         """Whether what has grown gains by it (`joins`: an addition does), and nothing that reads it loses."""
@@ -216,16 +224,6 @@ class _Rounding:
             or (self.grain.slices and image_conv(op, self.program) is not None)
             for op, read in self.uses[name]
         )
-
-
-def _carried(read: Read, channels: IntArray) -> IntArray:
-    """The result channels that channels of an operand become, in their order."""
-    (made,) = np.nonzero(read.index.array >= 0)
-    place = np.full(int(channels.max(initial=0)) + 1, -1)
-    came = read.index.array[made]
-    here = came < len(place)
-    place[came[here]] = made[here]
-    return place[channels][place[channels] >= 0]
 
 
 def _channels(op: Op, read: Read, live: Lives) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
 from typing import ClassVar
 
@@ -73,14 +74,14 @@ class RealizeReads(Pass):
         reads = _Reads(program, target)
         found = {op.result: read for op in program.ops if (read := reads.of(op)) is not None}
         target.prepare(list(found.values()))
-        shared = Counter(_place(op, found) for op in program.ops if op.result in found)
+        shared = Counter(reads.gathered(op) for op in program.ops if op.result in found)
         weights: dict[str, torch.Tensor] = {}
         notes: list[Realized] = []
         new: dict[str, Op] = {}
         for op in program.ops:
             if op.result not in found:
                 continue
-            read = replace(found[op.result], sharing=shared[_place(op, found)])
+            read = replace(found[op.result], sharing=shared[reads.gathered(op)])
             chosen = self._chosen(op, read, target)
             notes.append(chosen)
             new[op.result] = _realized(op, chosen.way, program, weights)
@@ -104,38 +105,41 @@ class _Reads:
 
     def __init__(self, program: Program, target: Target) -> None:
         self.program = program
-        self.compiled = target.compiler == "inductor"
-        fuses = program.dialect is not None and target.fuses(channels_last=program.channels_last)
-        self.fusing = Fusing(program) if fuses else None
+        self.target = target
+        self.fuses = target.fuses(channels_last=program.channels_last)
+
+    @cached_property
+    def fusing(self) -> Fusing:
+        """What stands beside convs."""
+        return Fusing(self.program)
 
     def beside(self, op: Op) -> Beside:
         """What a kernel that gathers does with a conv."""
-        return self.fusing.beside(op) if self.fusing is not None else Beside()
+        return self.fusing.beside(op) if self.fuses else Beside()
+
+    def gathered(self, op: Op) -> tuple[str, IndexMap]:
+        """Which positions of which value a conv takes, or what its kernel does before it: two alike share a gather."""
+        value, positions, _ = self.fusing.gathered(op, self.beside(op).before)
+        return value, positions
 
     def of(self, op: Op) -> ConvRead | None:
         """The conv of an op, if it reads a part of a tensor, or a kernel can do what comes before it; else None."""
         program, window = self.program, image_conv(op, self.program)
         if window is None or op.how is not How.OWN:
             return None
-        beside, value = self.beside(op), op.reads[0].value
-        positions = physical_read(op, op.reads[0], program).positions
-        if self.fusing is not None:
-            value, positions, _ = self.fusing.gathered(op, beside.before)
+        beside = self.beside(op)
+        value, positions = self.gathered(op)
         stored, made = len(program.values[value].live), len(program.values[op.result].live)
         if not made or not len(positions) or (len(positions) == stored and not beside.before):
             return None
         # Inductor makes one pass of several, and lays the operands of a CPU's convs out channels last.
-        last = program.channels_last or (self.compiled and Target.parse(program.target).device == "cpu")
-        before, after = (min(len(ops), 1) if self.compiled else len(ops) for ops in (beside.before, beside.after))
+        compiled = self.target.compiler == "inductor"
+        last = program.channels_last or (compiled and self.target.device == "cpu")
+        before, after = (min(len(ops), 1) if compiled else len(ops) for ops in (beside.before, beside.after))
         itemsize = program.weights[weight_param(op).name].element_size()
         runs = IndexMap(np.sort(positions.array)).runs()
         shape = (window.kernel, window.stride, window.padding, window.dilation, program.traced(value)[2:])
         return ConvRead(stored, tuple(runs), made, *shape, program.batch, itemsize, last, before=before, after=after)
-
-
-def _place(op: Op, found: Mapping[str, ConvRead]) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Which positions of which value an op reads: equal for two that can share a gather."""
-    return op.reads[0].value, found[op.result].runs
 
 
 def _realized(op: Op, way: Realization, program: Program, weights: dict[str, torch.Tensor]) -> Op:

@@ -60,7 +60,7 @@ class Fusing:
         value, positions = conv.reads[0].value, physical.positions
         for op in reversed(before):
             below = physical_read(op, op.reads[0], self.program).positions
-            value, positions = op.reads[0].value, IndexMap(below.array[positions.array])
+            value, positions = op.reads[0].value, below[positions]
         return value, positions, physical.channels
 
     def _before(self, conv: Op) -> tuple[Op, ...]:
