@@ -10,7 +10,7 @@ import numpy as np
 
 from chanopt.analysis.demand import Mask, demand
 from chanopt.analysis.figures import figures
-from chanopt.analysis.labels import Labels, is_rigid, label
+from chanopt.analysis.labels import Labelling, Labels, label, uncrossed
 from chanopt.analysis.segments import OrderGraph, Place, Segment
 from chanopt.analysis.widening import widened
 from chanopt.ir import Access, IndexMap, Kind, Layout, Op, Program, Read, flow_back
@@ -52,7 +52,9 @@ class OrderChannels(Pass):
         2. a value that needs fewer channels than its operand, as later values of a residual chain do, is cut where
            they are a range, gathered where the program says that this is worth its bytes, and else made a little
            wider, at no copy;
-        3. a gather stands where it moves the fewest bytes: above maps, inside concats, below pools.
+        3. a gather stands where it moves the fewest bytes: above maps, inside concats, below pools;
+        4. the channels that a depthwise conv makes of one channel move with it, as a block; or all stay where they
+           are, if so less is gathered where they are added to those of another layer.
 
     Attributes:
         time_limit: seconds for each segment; past them the best order found is taken, with its bound.
@@ -72,7 +74,16 @@ class OrderChannels(Pass):
 
     def apply(self, program: Program) -> PassResult:
         """Solve every segment, then lay out every value."""
-        graph = OrderGraph.build(program, demand(program), label(program))
+        labelling = label(program)
+        solved, after = self._ordered(program, labelling)
+        if labelling.crossed:
+            others, other = self._ordered(program, uncrossed(program, labelling))
+            if _copied(other) < _copied(after):
+                solved, after = others, other
+        return PassResult(after, after is not program, notes={SEGMENTS: tuple(solved)})
+
+    def _ordered(self, program: Program, labelling: Labelling) -> tuple[list[Ordered], Program]:
+        graph = OrderGraph.build(program, demand(program), labelling)
         segments = graph.segments()
         solved = [Ordered(*pair) for pair in zip(segments, self._solve([s.instance for s in segments]), strict=True)]
         after = _laid_out(graph, solved)
@@ -81,7 +92,7 @@ class OrderChannels(Pass):
             other = _laid_out(graph, tried)
             if _copied(other) < _copied(after):
                 solved, after = tried, other
-        return PassResult(after, after is not program, notes={SEGMENTS: tuple(solved)})
+        return solved, after
 
     def _solve(self, instances: Sequence[Instance]) -> list[Solution]:
         return solve_all(instances, time_limit=self.time_limit, processes=self.processes)
@@ -185,7 +196,7 @@ class _Layouts:
         return {name: Layout(self.program.values[name].live.channels, index) for name, index in live.items()}
 
     def _sorted(self, value: str, channels: Labels) -> IndexMap:
-        if is_rigid(self.makers[value]):
+        if value in self.graph.labelling.rigid:
             return IndexMap(channels)
         rank = self._rank(self.graph.node_of[value])
         return IndexMap(channels[np.argsort(rank[self.labels[value][channels]], kind="stable")])

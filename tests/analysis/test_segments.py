@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chanopt.analysis.demand import demand
-from chanopt.analysis.labels import Labelling, label, unique_in_order
+from chanopt.analysis.labels import Labelling, label, uncrossed, unique_in_order
 from chanopt.analysis.segments import OrderGraph, Segment
 from chanopt.ir import Program
 from chanopt.passes import OrderChannels
@@ -66,6 +66,20 @@ def test_a_flatten_repeats_labels_in_blocks() -> None:
     flat = next(op for op in program.ops if op.block > 1)
     labels = labelling.of[flat.result]
     assert (labels.reshape(-1, flat.block) == labels[:: flat.block, None]).all()
+
+
+def test_blocks_are_crossed_where_they_meet_channels_with_labels_of_their_own() -> None:
+    """Added to as many channels of a plain conv; made rigid, both sides of the sum have the labels of one order."""
+    parts = {"a": conv(3, 4), "m": torch.nn.Conv2d(4, 8, 3, padding=1, groups=4), "p": conv(4, 8)}
+    program, labelling = labelled(net(lambda n, x: n.m(n.a(x)) + n.p(n.a(x)), **parts))
+    blocks, plain = layer(program, "m").result, layer(program, "p").result
+    assert labelling.crossed == {blocks}
+    assert labelling.of[blocks].tolist() == labelling.of[plain].tolist()
+    assert len(set(labelling.of[blocks].tolist())) == 4
+    relabelled = uncrossed(program, labelling)
+    assert (relabelled.crossed, relabelled.rigid) == (frozenset(), {blocks})
+    assert relabelled.of[blocks].tolist() == relabelled.of[plain].tolist()
+    assert len(set(relabelled.of[blocks].tolist())) == 8
 
 
 def test_one_order_cannot_serve_a_value_and_its_flip() -> None:

@@ -234,6 +234,39 @@ def test_stops_at_its_time_limit_with_a_bound_that_is_not_above_what_it_found() 
     assert bound <= lower == best <= objective
 
 
+def blocks_and_plain(*sets: list[int], **readers: list[int]) -> Any:
+    """Two filters a channel of a depthwise conv, added to a plain conv, and the readers of the sum: s0, s1, ..."""
+
+    def body(n: Net, x: Tensor) -> tuple[Tensor, ...]:
+        t = n.a(x)
+        wide = n.m(t) + n.p(t)
+        return n.r(t), *(n.get_submodule(f"s{i}")(wide) for i in range(len(sets)))
+
+    parts = {"a": conv(3, 4), "m": nn.Conv2d(4, 8, 3, padding=1, groups=4), "p": conv(4, 8), "r": conv(4, 2)}
+    net: Any = randomise(Net(body, **parts, **{f"s{i}": conv(8, 2) for i in range(len(sets))})).eval()
+    for name, kept in readers.items():
+        kill(net.get_submodule(name), inputs=[c for c in range(4) if c not in kept])
+    for number, kept in enumerate(sets):
+        kill(net.get_submodule(f"s{number}"), inputs=[c for c in range(8) if c not in kept])
+    return net
+
+
+def test_case_4_channels_that_are_added_to_blocks_move_in_blocks() -> None:
+    """Ranges for both readers of ``a``; only the reader of a half of every block gathers, as it must."""
+    net = blocks_and_plain([0, 2, 4, 6], list(range(8)), p=[1, 2], r=[0, 3])
+    forms = {"m": Form.WHOLE, "p": Form.RANGE, "r": Form.RANGE, "s0": Form.GATHER, "s1": Form.WHOLE}
+    assert_rewrites(OrderChannels(), net, image(), before=BEFORE, forms=forms)
+
+
+def test_case_4_blocks_stay_where_they_are_if_so_less_is_gathered() -> None:
+    """Three nested readers of parts of blocks: with an order of its own, one copy of the sum serves all."""
+    net = blocks_and_plain([1, 2, 5], [1, 2, 5, 6], [1, 2, 4, 5, 6], p=[0, 1, 2], r=[0, 1])
+    result = assert_rewrites(OrderChannels(), net, image(), before=BEFORE)
+    paid, bound = (sum(getattr(o.solution, what) for o in result.notes[SEGMENTS]) for what in ("objective", "bound"))
+    size = next(v.channel_bytes for v in result.program.values.values() if v.name == "conv2d_1")
+    assert figures(result.program).copied_bytes == paid == bound == 5 * size
+
+
 # -- it means the same ------------------------------------------------------------------------------------------------
 
 

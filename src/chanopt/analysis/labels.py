@@ -6,7 +6,7 @@ at most once in a value (or once per block in a flattened one), so an order of l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +25,16 @@ class Labelling:
         of: per value with channels, shape (channels,): the label of every logical channel.
         loose: (op result, operand position) of reads through which labels do not pass: the two sides have orders of
             their own, because one order could not serve both (``x + x[:, perm]``) or the op fixes its order.
+        rigid: values that stay in logical order.
+        crossed: values whose channels carry one label per block, where their blocks meet channels with labels of
+            their own (a depthwise conv with two filters a channel, before an addition): no order of labels reaches
+            past that join.
     """
 
     of: Mapping[str, Labels]
     loose: frozenset[tuple[str, int]]
+    rigid: frozenset[str]
+    crossed: frozenset[str]
 
 
 def is_rigid(op: Op) -> bool:
@@ -36,22 +42,33 @@ def is_rigid(op: Op) -> bool:
     return op.groups > 1 or any(read.fan > 1 for read in op.reads)
 
 
-def label(program: Program) -> Labelling:
-    """Label every channel of a program."""
-    labeller = _Labeller(program)
+def label(program: Program, rigid: Collection[str] = ()) -> Labelling:
+    """Label every channel of a program; the values of ``rigid`` are to stay in logical order, whatever makes them."""
+    fixed = frozenset(rigid) | {op.result for op in program.ops if is_rigid(op)}
+    labeller = _Labeller(program, fixed)
     for op in program.ops:
         if op.kind is not Kind.SINK and program.values[op.result].layout is not None:
             labeller.op(op)
-    return Labelling(labeller.of, frozenset(labeller.loose))
+    return Labelling(labeller.of, frozenset(labeller.loose), fixed, frozenset(labeller.crossed))
+
+
+def uncrossed(program: Program, labelling: Labelling) -> Labelling:
+    """The labels with every block that is crossed rigid instead, so that labels meet where channels do."""
+    while labelling.crossed:
+        labelling = label(program, labelling.rigid | labelling.crossed)
+    return labelling
 
 
 class _Labeller:
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, rigid: frozenset[str]) -> None:
+        self.program, self.rigid = program, rigid
         self.of: dict[str, Labels] = {}
         self.loose: set[tuple[str, int]] = set()
         self.family: dict[str, set[str]] = {}
         self.block: dict[str, int] = {}
+        self.spread: dict[str, frozenset[str]] = {}
+        self.crossed: set[str] = set()
+        self.parted: set[str] = set()
         self.count = 0
 
     def fresh(self, count: int) -> Labels:
@@ -59,9 +76,11 @@ class _Labeller:
         return np.arange(self.count - count, self.count)
 
     def op(self, op: Op) -> None:
+        if op.kind in (Kind.CONCAT, Kind.SPLIT):  # each operand's channels are a block of their own there
+            self.parted.add(op.result)
         channels = self.program.values[op.result].live.channels
         flows = [(k, read) for k, read in enumerate(op.reads) if read.access is Access.FLOW]
-        if not flows or is_rigid(op):
+        if not flows or op.result in self.rigid:
             self.loose.update((op.result, position) for position, _ in flows)
             self._begin(op.result, self.fresh(channels))
         elif op.kind is Kind.CONCAT:
@@ -69,9 +88,10 @@ class _Labeller:
         else:
             self._join(op, flows, channels)
 
-    def _begin(self, value: str, labels: Labels, block: int = 1) -> None:
+    def _begin(self, value: str, labels: Labels, block: int = 1, spread: frozenset[str] = frozenset()) -> None:
         self.of[value] = labels
         self.block[value] = block
+        self.spread[value] = spread
         self.family[value] = {value}
 
     def _joined(self, value: str, operand: str) -> None:
@@ -85,12 +105,15 @@ class _Labeller:
         (position, first), *others = flows
         labels, block = self.of[first.value][first.index.array], op.block * self.block[first.value]
         if _fits(labels, block):
-            self._begin(op.result, labels, block)
+            spread = self.spread[first.value] | ({op.result} if op.block > 1 else set())
+            self._begin(op.result, labels, block, spread)
             self._joined(op.result, first.value)
         else:
             self.loose.add((op.result, position))
             self._begin(op.result, self.fresh(channels))
         for position, read in others:
+            if self.block[op.result] != self.block[read.value]:
+                self.crossed |= self.spread[op.result] | self.spread[read.value]
             if not self._same(op.result, read):
                 self.loose.add((op.result, position))
 
@@ -99,13 +122,25 @@ class _Labeller:
         theirs, ours = self.of[read.value][read.index.array], self.of[result]
         if self.family[result] is self.family[read.value]:
             return np.array_equal(theirs, ours)
-        if len(np.unique(theirs)) != len(theirs) or len(np.unique(ours)) != len(ours):
+        if self._rename(read.value, theirs, result, ours) or self._rename(result, ours, read.value, theirs):
+            self._joined(result, read.value)
+            return True
+        return False
+
+    def _rename(self, value: str, old: Labels, other: str, new: Labels) -> bool:
+        """Give the family of a value the labels of another, in whose blocks it then moves, if all of it can."""
+        block, spread = self.block[other], self.spread[other]
+        if len(np.unique(old)) != len(old):
             return False
         renamed = np.arange(self.count)
-        renamed[theirs] = ours
-        for member in self.family[read.value]:
-            self.of[member] = renamed[self.of[member]]
-        self._joined(result, read.value)
+        renamed[old] = new
+        labels = {member: renamed[self.of[member]] for member in self.family[value]}
+        blocks = {member: self.block[member] * block for member in self.family[value]}
+        if block > 1 and any(member in self.parted or not _fits(labels[member], blocks[member]) for member in labels):
+            return False
+        self.of |= labels
+        self.block |= blocks
+        self.spread |= {member: self.spread[member] | spread for member in labels}
         return True
 
     def _concat(self, op: Op, flows: list[tuple[int, Read]], channels: int) -> None:
@@ -116,6 +151,7 @@ class _Labeller:
             block = self.of[read.value][read.index.array[here]]
             if len(np.unique(block)) != len(block) or np.isin(block, labels).any():
                 self.loose.add((op.result, position))
+                self.crossed |= self.spread[read.value]
                 block = self.fresh(len(block))
             else:
                 passing.append(read)

@@ -19,7 +19,7 @@ import numpy as np
 
 from chanopt.analysis.convs import image_conv
 from chanopt.analysis.demand import Demand
-from chanopt.analysis.labels import Labelling, Labels, is_rigid, unique_in_order
+from chanopt.analysis.labels import Labelling, Labels, unique_in_order
 from chanopt.ir import Access, IndexMap, Kind, Op, Program, Read, flow_back
 from chanopt.solve import Block, Edge, Instance, Pin, Preference, Reader
 from chanopt.target import SECTOR, Target
@@ -148,7 +148,7 @@ class OrderGraph:
         self.members[name] = [name]
         self.labels[name] = self._live(name)
         self.wishes[name] = []
-        if op.kind in (Kind.SOURCE, Kind.BARRIER) or is_rigid(op):
+        if op.kind in (Kind.SOURCE, Kind.BARRIER) or name in self.labelling.rigid:
             self.pins[name] = self.labels[name]
         if op.kind is Kind.CONCAT:
             here = [read.index.array >= 0 for read in op.reads]
