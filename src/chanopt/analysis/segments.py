@@ -11,7 +11,7 @@ first, so that an instance has a node per place where a choice exists:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import networkx as nx
@@ -108,6 +108,8 @@ class OrderGraph:
     Attributes:
         node_of: the node each value belongs to.
         labels: per node, the labels it has live.
+        flows: by the read that each stands for, in program order.
+        into: per node, the flows that end there; `out`, those that begin there.
         whole: the dropped nodes: they follow the order of what they are made from.
     """
 
@@ -116,11 +118,13 @@ class OrderGraph:
     labelling: Labelling
     node_of: dict[str, str] = field(default_factory=dict)
     labels: dict[str, Labels] = field(default_factory=dict)
-    flows: list[Flow] = field(default_factory=list)
+    flows: dict[Place, Flow] = field(default_factory=dict)
     wishes: dict[str, list[Wish]] = field(default_factory=dict)
     pins: dict[str, Labels] = field(default_factory=dict)
     blocks: dict[str, list[Labels]] = field(default_factory=dict)
     spans: dict[str, list[Labels]] = field(default_factory=dict)
+    into: dict[str, dict[Place, Flow]] = field(default_factory=dict)
+    out: dict[str, dict[Place, Flow]] = field(default_factory=dict)
     whole: dict[str, Whole] = field(default_factory=dict)
     members: dict[str, list[str]] = field(default_factory=dict)
 
@@ -148,6 +152,7 @@ class OrderGraph:
         self.members[name] = [name]
         self.labels[name] = self._live(name)
         self.wishes[name] = []
+        self.into[name], self.out[name] = {}, {}
         if op.kind in (Kind.SOURCE, Kind.BARRIER) or name in self.labelling.rigid:
             self.pins[name] = self.labels[name]
         if op.kind is Kind.CONCAT:
@@ -167,7 +172,7 @@ class OrderGraph:
             taken = flow_back(read, IndexMap(np.flatnonzero(self.demand.live[op.result])))
             weight = len(np.unique(taken.array)) * operand.channel_bytes
             wanted = unique_in_order(labels[taken.array]).array
-            self.flows.append(Flow(node, self.node_of[op.result], wanted, weight, place))
+            self._connect(Flow(node, self.node_of[op.result], wanted, weight, place))
             return
         taken = self._taken(op, read)
         if not len(taken):
@@ -182,6 +187,9 @@ class OrderGraph:
             return
         weight = len(taken) * operand.channel_bytes
         self.wishes[node].append(Wish(op.label(), wanted, weight, place, ordered))
+
+    def _connect(self, flow: Flow) -> None:
+        self.flows[flow.place] = self.out[flow.source][flow.place] = self.into[flow.target][flow.place] = flow
 
     def _gathers_while_loading(self, op: Op) -> bool:
         """Whether the blocks that a conv touches count, and not the ranges that it reads (chanopt.target)."""
@@ -205,74 +213,51 @@ class OrderGraph:
     # -- contraction ----------------------------------------------------------------------------------------------
 
     def _contract(self) -> None:
-        changed = True
-        while changed:
-            changed = self._join_producers() or self._join_chains() or self._drop_whole()
+        while self._join_producers() or self._join_chains() or self._drop_whole():
+            pass
 
-    def _into(self) -> dict[str, list[Flow]]:
-        into: dict[str, list[Flow]] = {node: [] for node in self.labels}
-        for flow in self.flows:
-            into[flow.target].append(flow)
-        return into
-
-    def _out(self) -> dict[str, list[Flow]]:
-        out: dict[str, list[Flow]] = {node: [] for node in self.labels}
-        for flow in self.flows:
-            out[flow.source].append(flow)
-        return out
+    def _passes_on(self, node: str) -> Flow | None:
+        """The only flow out of a node without wishes, pins or blocks: it may take the order of another."""
+        fixed = self.wishes[node] or node in self.pins or node in self.blocks
+        return None if fixed or len(self.out[node]) != 1 else next(iter(self.out[node].values()))
 
     def _join_producers(self) -> bool:
-        into, out = self._into(), self._out()
-        return self._merge_all(
-            flow
-            for node, flows in out.items()
-            for flow in flows
-            if len(flows) == 1
-            and not into[node]
-            and not self.wishes[node]
-            and node not in self.pins
-            and node not in self.blocks
-        )
+        merged = False
+        for node in list(self.labels):
+            flow = self._passes_on(node)
+            if flow is not None and not self.into[node] and flow.target != node:
+                self._merge(flow, node, flow.target)
+                merged = True
+        return merged
 
     def _join_chains(self) -> bool:
-        into, out = self._into(), self._out()
-        for node, flows in out.items():
-            single = len(flows) == 1 and len(into[node]) == 1 and not self.wishes[node]
-            if (
-                not single
-                or node in self.pins
-                or node in self.blocks
-                or len(flows[0].labels) != len(self.labels[flows[0].target])
-            ):
+        merged = False
+        for node in list(self.labels):
+            after = self._passes_on(node)
+            if after is None or len(self.into[node]) != 1 or len(after.labels) != len(self.labels[after.target]):
                 continue
-            before, after = into[node][0], flows[0]
+            before = next(iter(self.into[node].values()))
             if len(before.labels) != len(after.labels) or before.source == node:
                 continue
             if after.weight < before.weight:  # the gather is cheaper further down: this value keeps the order above
                 self._merge(before, node, before.source)
             else:
                 self._merge(after, node, after.target)
-            return True
-        return False
-
-    def _merge_all(self, flows: Iterable[Flow]) -> bool:
-        merged = False
-        for flow in list(flows):
-            source, target = self._current(flow.source), self._current(flow.target)
-            if source == target:
-                continue
-            self._merge(flow, source, target)
             merged = True
         return merged
 
-    def _current(self, node: str) -> str:
-        return self.node_of[self.members[node][0]] if node in self.members else node
+    def _disconnect(self, flow: Flow) -> None:
+        del self.flows[flow.place], self.out[flow.source][flow.place], self.into[flow.target][flow.place]
 
     def _merge(self, flow: Flow, source: str, target: str) -> None:
-        self.flows = [other for other in self.flows if other is not flow]
-        for other in self.flows:
-            other.source = target if other.source == source else other.source
-            other.target = target if other.target == source else other.target
+        """Make two nodes one; flows keep their order in the program."""
+        self._disconnect(flow)
+        for other in self.out.pop(source).values():
+            other.source = target
+            self.out[target][other.place] = other
+        for other in self.into.pop(source).values():
+            other.target = target
+            self.into[target][other.place] = other
         for member in self.members[source]:
             self.node_of[member] = target
         self.members[target] += self.members.pop(source)
@@ -284,14 +269,14 @@ class OrderGraph:
 
     def _drop_whole(self) -> bool:
         """Case 3: nodes without outgoing flows whose readers all take everything in any order."""
-        into, out = self._into(), self._out()
         dropped = False
         for node in reversed(list(self.labels)):
-            if out[node] or not self._only_whole(node, into[node]):
+            flows = list(self.into[node].values())
+            if self.out[node] or not self._only_whole(node, flows):
                 continue
-            for flow in into[node]:
-                out[flow.source].remove(flow)
-            self._drop(node, into[node])
+            for flow in flows:
+                self._disconnect(flow)
+            self._drop(node, flows)
             dropped = True
         return dropped
 
@@ -312,8 +297,8 @@ class OrderGraph:
             at_flow = len(flows) > 1 or flow.weight <= later
             weight, place = (flow.weight, flow.place) if at_flow else (later, None)
             self.wishes[flow.source].append(Wish(wishes[0].name, flow.labels, weight, place))
-        self.flows = [flow for flow in self.flows if flow.target != node]
-        self.labels.pop(node)
+        for table in (self.labels, self.into, self.out):
+            table.pop(node)
         self.blocks.pop(node, None)
         self.whole[node] = Whole(tuple(flows), tuple(self.spans.pop(node, ())))
 
@@ -323,7 +308,7 @@ class OrderGraph:
         """The permutation programs with anything to decide, in program order."""
         graph: nx.Graph[str] = nx.Graph()
         graph.add_nodes_from(self.labels)
-        graph.add_edges_from((flow.source, flow.target) for flow in self.flows)
+        graph.add_edges_from((flow.source, flow.target) for flow in self.flows.values())
         order = {name: position for position, name in enumerate(self.node_of)}
         components = sorted(
             (sorted(c, key=order.__getitem__) for c in nx.connected_components(graph)),
@@ -354,7 +339,7 @@ class OrderGraph:
                 if wish.place is not None:
                     places[name] = wish.place
         edges: list[Edge] = []
-        for flow in self.flows:
+        for flow in self.flows.values():
             if flow.source in number and flow.target in number and flow.source != flow.target:
                 name = _unique(f"{flow.source} -> {flow.target}", {edge.name for edge in edges})
                 edges.append(Edge(name, number[flow.source], number[flow.target], flow.weight))
@@ -363,7 +348,7 @@ class OrderGraph:
         pins = [Pin(number[node], local(self.pins[node])) for node in nodes if node in self.pins]
         prefer = [
             Preference(local(flow.labels), number[flow.target], flow.weight)
-            for flow in self.flows
+            for flow in self.flows.values()
             if flow.source in number and 1 < len(flow.labels) < len(labels)
         ]
         instance = Instance(len(labels), tuple(readers), tuple(blocks), tuple(pins), tuple(edges), tuple(prefer))
