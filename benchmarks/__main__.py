@@ -29,8 +29,20 @@ _OTHERS = {"sweep": "benchmarks.sweep", "speed": "benchmarks.speed", "accuracy":
 """Commands with a grammar of their own."""
 
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt as told:  # `benchmarks.jobs.Interrupted` says what is kept
+        print(f"interrupted: {told}" if str(told) else "interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in _OTHERS:
         return importlib.import_module(_OTHERS[words[0]]).main(words[1:])
@@ -48,7 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for option, path in written:
         if path is not None and (told := _unwritable(path)):
             made.error(f"argument {option}: {told}")
-    return module.main(args)
+    from benchmarks.cases import CaseError
+
+    try:
+        return module.main(args)
+    except CaseError as error:
+        made.error(str(error))
 
 
 def parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
@@ -84,9 +101,13 @@ def _unwritable(path: Path) -> str:
 
 
 def _common(sub: argparse.ArgumentParser, out: Path | None) -> None:
+    from benchmarks import cases  # here, as the commands are: the list of them needs no torch
+
     sub.add_argument("--out", type=Path, default=out, help=f"default: {out}")
-    sub.add_argument("--jobs", type=int, default=2, help="processes at a time, for what is not timed (default: 2)")
-    sub.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="for one process")
+    sub.add_argument(
+        "--jobs", type=cases.at_least(1), default=2, help="processes at a time, for what is not timed (default: 2)"
+    )
+    sub.add_argument("--timeout", type=cases.seconds, default=3600, metavar="SECONDS", help="for one process")
     sub.add_argument("--resume", action="store_true", help="keep what was measured without a crash")
 
 

@@ -418,7 +418,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seeds = range((1 if args.smoke else 5) if args.seeds is None else args.seeds)
     todo = [job(name, seed, plan) for seed in seeds for name in nets]
     # One at a time: they are timed.
-    lines = jobs.run(todo, args.out / "accuracy.jsonl", timeout=args.timeout, resume=args.resume, what="accuracy")
+    path = args.out / "accuracy.jsonl"
+    lines = jobs.run(todo, path, timeout=args.timeout, resume=args.resume, what="accuracy", others=False)
     return finish(lines, args.out)
 
 

@@ -265,7 +265,10 @@ def main(args: argparse.Namespace) -> int:
     for part, todo, parallel in (("right", checks, args.jobs), ("speed", timings, 1)):
         path = args.out.with_name(f"{args.out.stem}_{part}.jsonl")
         if todo:
-            rows += jobs.run(todo, path, parallel=parallel, timeout=args.timeout, resume=args.resume, what=part)
+            # The page is of one amount: what was found at another is no part of it.
+            rows += jobs.run(
+                todo, path, parallel=parallel, timeout=args.timeout, resume=args.resume, what=part, others=False
+            )
     return finish(rows, args.out, args.amount)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -53,9 +54,17 @@ class Mask:
         return f"{self.side} {self.amount:.0%} {self.criterion} {self.scope}{seed}"
 
 
+class CaseError(ValueError):
+    """A case that nothing could be run by; a command line says so before anything starts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A masked network and how it is run; the arms of one case are run together, call by call."""
+    """A masked network and how it is run; the arms of one case are run together, call by call.
+
+    Raises:
+        CaseError: the resolution, the batch or the threads are fewer than one.
+    """
 
     model: str
     mask: Mask = field(default_factory=Mask)
@@ -66,6 +75,12 @@ class Case:
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        counts = {"resolution": self.resolution, "batch": self.batch, "threads": self.threads}
+        for name, found in counts.items():
+            if found < 1:
+                raise CaseError(f"{name}: expected 1 or more, found {found}")
 
     def __str__(self) -> str:
         run = [self.mode, self.layout, f"batch {self.batch}", self.dtype, self.device, f"{self.threads} threads"]
@@ -165,15 +180,35 @@ def amount(text: str) -> float:
     raise argparse.ArgumentTypeError(f"expected a share of the channels in [0, 1), found {text!r}")
 
 
-def rounds(text: str) -> int:
-    """Parse a number of timed calls, for command lines: quartiles need two.
+def at_least(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers from some number on, for command lines.
 
-    >>> rounds("20")
+    >>> at_least(1)("20")
     20
     """
-    if text.isdecimal() and int(text) >= 2:
-        return int(text)
-    raise argparse.ArgumentTypeError(f"expected 2 or more, found {text!r}")
+
+    def parse(text: str) -> int:
+        if text.isdecimal() and int(text) >= least:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, found {text!r}")
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    """Parse a time, for command lines.
+
+    >>> seconds("0.5")
+    0.5
+    """
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected seconds, more than 0, found {text!r}")
+
+
+rounds = at_least(2)
+"""Parse a number of timed calls, for command lines: quartiles need two."""
 
 
 def networks(case: Case) -> tuple[nn.Module, nn.Module]:

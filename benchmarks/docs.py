@@ -72,12 +72,18 @@ def copies_part(rows: Rows) -> list[str]:
     return [
         f"One image in float32, {told}. *naive* gathers in front of every masked layer; *greedy* is UPSCALE's order as "
         "we implement it, *UPSCALE* the exporter itself (a dash: it raises). Both plans cut what no layer reads; they "
-        "see no masked outputs, and copy where the model shuffles channels. Sums are over the networks that UPSCALE "
-        "runs, in megabytes; *fewer*, *as many* and *more* compare chanopt's bytes with the greedy order's. (In dense "
-        "nets chanopt gathers the pieces of a concat one by one: more copies of fewer bytes.) *optimise* does without "
-        "torch.export, which comes before it; *UPSCALE* traces by itself, and that is in its time. Both were timed "
-        "while another network was surveyed.",
+        "see no masked outputs, so they are not compared there, and copy where the model shuffles channels. The sums "
+        "of *naive*, *greedy* and *chanopt* are over the networks that UPSCALE runs, *chanopt, all* over all that "
+        "chanopt runs, in megabytes; *fewer*, *as many* and *more* compare chanopt's bytes with the greedy order's, on "
+        "every network that has both, whether UPSCALE runs or not. *optimise* does without torch.export, which comes "
+        "before it; *UPSCALE* traces by itself, and that is in its time. Both were timed while "
+        "another network was surveyed.",
         table(_COPY_HEADS, [_copy_totals(rows, *setting) for setting in _settings(rows)]),
+        "*proven* is of the copies that depend on the order: segments whose order is proven to cost the least. The "
+        "bytes copied differ from that cost, the objective, where a reader gathers in every order (parts of several "
+        "blocks), or finds a range that the order did not promise it.",
+        _more_copies(rows),
+        *_output_copies(rows),
         "Every network with half of the input channels of each layer masked:",
         table(NETWORK_HEADS, map(network_line, half)),
         "Rows that differ from the survey of UPSCALE's exporter, or in which chanopt copies more than another that "
@@ -87,7 +93,7 @@ def copies_part(rows: Rows) -> list[str]:
 
 
 _COPY_HEADS = (
-    *("masks", "networks", "chanopt runs", "UPSCALE runs", "naive", "greedy", "chanopt", "of greedy"),
+    *("masks", "networks", "chanopt runs", "UPSCALE runs", "naive", "greedy", "chanopt", "of greedy", "chanopt, all"),
     *("fewer", "as many", "more", "proven"),
 )
 NETWORK_HEADS = (
@@ -118,22 +124,61 @@ def upscale_runs(row: Row) -> bool:
     return known is not None and known.greedy is not None
 
 
+def _compared(rows: Rows) -> list[Row]:
+    """The rows in which chanopt and the greedy order can be compared: the plans do not see masked outputs."""
+    return [row for row in rows if row["side"] == "input" and row.get("chanopt") and row.get("greedy")]
+
+
 def _copy_totals(rows: Rows, side: str, amount: float) -> list[str]:
     part = [row for row in rows if (row["side"], row["amount"]) == (side, amount)]
-    both = [row for row in part if upscale_runs(row) and row.get("chanopt") and row.get("greedy")]
-    sums = {arm: sum(row[arm]["bytes"] for row in both) for arm in ("naive", "greedy", "chanopt")}
-    signs = [_sign(row["chanopt"]["bytes"] - row["greedy"]["bytes"]) for row in both]
+    runs = [row for row in part if row.get("chanopt")]
+    compared = _compared(part)
+    both = [row for row in compared if upscale_runs(row)]
+    sums = {arm: sum(row[arm]["bytes"] for row in both) if both else None for arm in ("naive", "greedy", "chanopt")}
+    signs = [_sign(row["chanopt"]["bytes"] - row["greedy"]["bytes"]) for row in compared]
     proven = [sum(row.get(name, 0) for row in part) for name in ("segments_optimal", "segments")]
     return [
         f"{side} {amount:.0%}",
         str(len(part)),
-        str(sum(bool(row.get("chanopt")) for row in part)),
+        str(len(runs)),
         str(sum(map(upscale_runs, part))),
         *(_mega(sums[arm]) for arm in ("naive", "greedy", "chanopt")),
-        f"{sums['chanopt'] / sums['greedy']:.2f}" if sums["greedy"] else "-",
-        *(str(signs.count(sign)) for sign in (-1, 0, 1)),
+        f"{sums['chanopt'] / sums['greedy']:.2f}" if sums["chanopt"] is not None and sums["greedy"] else "-",
+        _mega(sum(row["chanopt"]["bytes"] for row in runs) if runs else None),
+        *(str(signs.count(sign)) if signs else "-" for sign in (-1, 0, 1)),
         f"{proven[0]:,} / {proven[1]:,}",
     ]
+
+
+def _more_copies(rows: Rows) -> str:
+    """In how many rows chanopt makes more copies of fewer bytes, and on which networks."""
+    compared = _compared(rows)
+    found = [
+        row
+        for row in compared
+        if row["chanopt"]["copies"] > row["greedy"]["copies"] and row["chanopt"]["bytes"] < row["greedy"]["bytes"]
+    ]
+    told = f"In {len(found)} of {len(compared)} rows with input masks chanopt makes more copies than the greedy order"
+    names = f" ({', '.join(_models(found))})" if found else ""
+    return (
+        f"{told}, of fewer bytes{names}: where it gathers the pieces of a concat one by one, each is a copy of its own."
+    )
+
+
+def _models(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(str(row["model"]) for row in rows))
+
+
+def _output_copies(rows: Rows) -> list[str]:
+    """What chanopt copies with half of the output channels masked, network by network, on one line."""
+    half = [row for row in rows if (row["side"], row["amount"]) == ("output", 0.5) and row.get("chanopt")]
+    told = [
+        f"{row['model']} {row['chanopt']['copies']:,} ({_mega(row['chanopt']['bytes'])} MB)"
+        for row in half
+        if row["chanopt"]["copies"]
+    ]
+    line = f"Copies of chanopt with half of the output channels masked: {', '.join(told) or 'none'}"
+    return [f"{line}; none on the other {len(half) - len(told)} of {len(half)} networks."] if half else []
 
 
 def _sign(number: float) -> int:
@@ -163,8 +208,61 @@ def speed_part(rows: Rows) -> list[str]:
     records = [Record.of(row) for row in rows]
     parts: list[str] = []
     for conditions, part in by_conditions(records).items():
-        parts += [f"### {conditions}", _latencies(part), *_verdicts(part), "What the arms do:", _doings(part)]
-    return [*parts, "### Copies, planned and seen", *_agreement(records)]
+        parts += [f"### {conditions}", *_cautions(part), _latencies(part), *_verdicts(part)]
+        parts += ["What the arms do:", _doings(part)]
+    return [*parts, *_objectives(records), "### Copies, planned and seen", *_agreement(records)]
+
+
+def _cautions(records: Sequence[Record]) -> list[str]:
+    """What to know before the figures of some conditions are compared."""
+    case = records[0].case
+    found: list[str] = []
+    if case.mask.side != "input" and {"naive", "greedy"} & {record.arm for record in records}:
+        found.append(
+            "*naive* and *greedy* ignore masked outputs, and cut only what no layer reads: they do more work here "
+            "than an exporter that sees those masks would."
+        )
+    if case.mode != "eager":
+        eager = any(map(_is_of_eager_module, records))
+        found.append(
+            "A compiler fuses what the arms plan, so copies and multiplications are not counted here; "
+            + (
+                "peak memory and error were not measured."
+                if eager
+                else "peak memory, with the buffers inside operators, and error are of compiled modules."
+            )
+        )
+    return found
+
+
+def _is_of_eager_module(record: Record) -> bool:
+    """Whether the figures of a compiled run are of the module before it was compiled, as older records have it."""
+    return record.case.mode != "eager" and record.observed is not None
+
+
+def _objectives(records: Sequence[Record]) -> list[str]:
+    """What the orders of chanopt cost, and the least that they could; nothing where no record tells."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        told, planned, case = record.figures, record.planned or {}, record.case
+        if record.arm != "chanopt" or "objective" not in told:
+            continue
+        which = f"{name_of(record)}, {case.mask}" + (f", batch {case.batch}" if case.batch > 1 else "")
+        found.setdefault(
+            which,
+            [
+                which,
+                *(_mega(told.get(name)) for name in ("objective", "bound")),
+                _mega(planned.get("bytes")),
+                _count(planned.get("channels")),
+                f"{told.get('segments_optimal', 0):,} / {told.get('segments', 0):,}",
+            ],
+        )
+    heads = ("network and masks", "objective, MB", "bound, MB", "copied, MB", "gathered channels", "proven")
+    told = (
+        "What the orders of channels cost (the objective), the least that it is proven to be (the bound), and the plan:"
+    )
+    return ["### Orders of these networks", told, table(heads, found.values())] if found else []
 
 
 def by_conditions(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -234,7 +332,27 @@ def _verdicts(records: Sequence[Record]) -> list[str]:
         mean = statistics.geometric_mean(medians.values())
         lines.append(f"- against {arm}: geometric mean {mean:.3f}; slower on {', '.join(slower) or 'none'}")
     lost = [f"- {r.case.model}, {r.arm}: {r.exception}" for r in records if r.status != "ok"]
-    return ["Medians with quartiles in brackets; ratios within a round, below 1: chanopt is faster.", *lines, *lost]
+    told = "Medians with quartiles in brackets; ratios within a round, below 1: chanopt is faster."
+    return [told, *lines, *_without_masks(records), *lost]
+
+
+def _without_masks(records: Sequence[Record]) -> list[str]:
+    """What of the ratios needs no masks: the unmasked arm against the dense one, by their medians."""
+    medians = {(r.case.model, r.arm): r.latency_ms[1] for r in records if r.latency_ms is not None}
+    ratios = {
+        model: medians[model, "unmasked"] / medians[model, "dense"]
+        for model, arm in medians
+        if arm == "unmasked" and (model, "dense") in medians
+    }
+    if not ratios:
+        return []
+    mean, least = statistics.geometric_mean(ratios.values()), min(ratios, key=ratios.__getitem__)
+    return [
+        f"- without masks: `chanopt.optimize` of the networks before masking takes {mean:.3f} of "
+        f"the dense time (least {ratios[least]:.2f}, {least}). That much comes of folding and memory formats, which "
+        "need no masks. The constrained arm has it too; naive, greedy, UPSCALE and Torch-Pruning have not, so that the "
+        "ratios to these are not of orders alone."
+    ]
 
 
 def _doings(records: Sequence[Record]) -> str:
@@ -242,31 +360,48 @@ def _doings(records: Sequence[Record]) -> str:
 
 
 def doing(record: Record) -> list[str]:
-    """What an arm does, as cells."""
-    planned, macs = record.planned or {}, record.macs or {}
+    """What an arm does, as cells; of a compiled module, only what was measured on it."""
+    counted = record.case.mode == "eager"
+    planned, macs = (record.planned or {}, record.macs or {}) if counted else ({}, {})
+    old = _is_of_eager_module(record)
     return [
         name_of(record),
         record.arm,
         _count(planned.get("copies")),
         _mega(planned.get("bytes")),
-        _mega(record.relayouts[1] if record.relayouts else None),
-        _mega((record.profiled or {}).get("hidden_bytes")),
+        _mega(record.relayouts[1] if record.relayouts and counted else None),
+        _mega((record.profiled or {}).get("hidden_bytes") if counted else None),
         *(_number(macs.get(name), 1, 1e-6) for name in ("dense", "exact", "flux")),
         _number(record.parameters, 2, 1e-6),
-        _mega(record.peak_bytes),
+        _mega(None if old else record.peak_bytes),
         _number(record.seconds.get("make")),
-        "-" if record.error is None else f"{record.error:.0e}",
+        "-" if record.error is None or old else f"{record.error:.0e}",
     ]
 
 
 def _agreement(records: Sequence[Record]) -> list[str]:
-    seen = [record for record in records if record.agree is not None]
+    seen = [record for record in records if run.watched(record)]
+    agree = sum(bool(record.agree) for record in seen)
+    by_profiler = [told for record in seen if (told := run.profile_agrees(record)) is not None]
     wrong = [f"- {record.case}, {record.arm}: {told}" for record in seen if (told := run.differences(record))]
+    ran = [record for record in records if record.status == "ok"]
+    left = [record for record in ran if not run.watched(record)]
+    why = [
+        f"{len(part)} {told}"
+        for part, told in (
+            ([record for record in left if record.case.mode != "eager"], "compiled"),
+            ([record for record in left if record.case.mode == "eager"], "of an arm that was not compared then"),
+        )
+        if part
+    ]
+    unseen = f" ({', '.join(why)})" if why else ""
     return [
         "*copies* are selections of channels; *re-laid out* and *inside convs* are megabytes moved besides, by changes "
         "of memory format (a pool that is faster over channels last, say) and by convs that make their operands "
-        f"contiguous. The selections that the operators made were those planned in {len(seen) - len(wrong)} of "
-        f"{len(seen)} runs, seen by a dispatch mode and by torch's profiler in one eager run of each arm.",
+        f"contiguous. Of {len(ran)} runs, {len(seen)} were compared with their plan by a dispatch mode in one eager "
+        f"run: {agree} selected what was planned, in copies, channels and bytes. Of these {len(seen)}, "
+        f"{len(by_profiler)} were compared with torch's profiler too, which saw the same in {sum(by_profiler)}. "
+        f"Not compared with anything: {len(left)}{unseen}.",
         *wrong,
     ]
 
@@ -285,8 +420,10 @@ def solver_part(rows: Rows) -> list[str]:
     wrong = [told for row in rows if (told := solver.differences(row))]
     return [
         "What the permutation program pays (bytes gathered) in our order, the greedy one and the natural one: sums "
-        "over the instances where all three are orders. The corpus is of random instances and of the zoo's segments "
-        "([benchmarks/corpus](../benchmarks/corpus)); random families are described in "
+        "over the instances where all three are orders. The corpus ([benchmarks/corpus](../benchmarks/corpus)) is "
+        f"of random instances and of the segments with more than one reader in {len(solver.NETWORKS)} networks of the "
+        f"zoo ({', '.join(solver.NETWORKS)}), at their least resolution with half of the input channels masked; other "
+        "segments of the zoo are not in it. Random families are described in "
         "[solver.py](../benchmarks/solver.py).",
         table([*heads, "median s", "worst s"], (_solver_line(key, part) for key, part in groups.items())),
         *([f"- {told}" for told in wrong] or ["No other order was better, and every stored optimum was met."]),
@@ -330,16 +467,27 @@ def scale_part(rows: Rows) -> list[str]:
         ]
         for row in rows
     ]
+    kinds = {
+        "ops, all sizes": scale.slopes(rows, "ops"),
+        "operands, all sizes": scale.slopes(rows),
+        "operands, the two largest": scale.slopes(rows, last=2),
+    }
+    stages = dict.fromkeys(stage for found in kinds.values() for slopes in found.values() for stage in slopes)
     slopes = [
-        f"- {family}: " + ", ".join(f"{stage} {value:.2f}" for stage, value in stages.items() if value is not None)
-        for family, stages in scale.slopes(rows).items()
+        [family, "channels" + against.removeprefix("operands") if family == "wide" else against]
+        + [_number(found[family].get(stage)) for stage in stages]
+        for family in dict.fromkeys(row["family"] for row in rows)
+        for against, found in kinds.items()
+        if (family, against) != ("wide", "ops, all sizes")
     ]
     return [
         table(heads, lines),
         "*solver* and *everything else* are of segments solved one after another, *optimise* of the default, side by "
-        "side in processes. Slopes of log time against the log of what the ops read, in operands (against log channels "
-        "for the wide nets); 1 is linear:",
-        *slopes,
+        "side in processes once three seconds have gone by. Slopes of log time against log size; 1 is linear. A layer "
+        "of a dense net reads all before it: its operands, and with them whatever looks at each of them, grow with "
+        "the square of its ops. *rest* holds the report, in which a layer is kept for each later reader: in a long "
+        "residual chain these are as many as layers, for every layer.",
+        table(["network", "against", *stages], slopes),
     ]
 
 
@@ -370,6 +518,33 @@ def sweep_part(path: Path) -> list[str]:
             [f"- {row['model']}, {row['side']} {float(row['amount']):.0%}: {row['violations']}" for row in broken]
             or ["None."]
         ),
+        *_age_of(rows, load(path.parent, survey.OUT.name) or []),
+    ]
+
+
+def _age_of(swept: Rows, surveyed: Rows) -> list[str]:
+    """Whether the sweep is of other code than the survey: how many of the rows they share have other counts."""
+
+    def key(row: Row) -> tuple[str, str, float, int]:
+        return row["model"], row["side"], float(row["amount"]), int(row.get("resolution") or 0)
+
+    now = {key(row): row for row in surveyed if row.get("chanopt")}
+    common = [(row, now[key(row)]) for row in swept if key(row) in now and row.get("copied_bytes")]
+    names = {"copies": "copies", "gathered_channels": "channels", "copied_bytes": "bytes"}
+    other = [
+        old
+        for old, new in common
+        if any(int(old[name]) != new["chanopt"][ours] for name, ours in names.items())
+        or int(old["segments"]) != new["segments"]
+    ]
+    if not common:
+        return []
+    if not other:
+        return [f"All {len(common)} rows that the survey above has too have the same counts there."]
+    return [
+        f"The sweep is of earlier code than the survey above: of the {len(common)} rows that both have, {len(other)} "
+        f"have other counts of copies, channels, bytes or segments in the survey ({', '.join(_models(other))}). "
+        "What it says of errors holds for that earlier code."
     ]
 
 

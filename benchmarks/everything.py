@@ -89,7 +89,8 @@ def main(args: argparse.Namespace) -> int:
         ("gate", gate_jobs(smoke=args.smoke), args.jobs, lambda lines: gate.finish(lines, gate.GOLDENS, update=False)),
     ]
     codes = [_step(*step, folder, args) for step in steps if step[0] in args.parts]
-    written = args.out or (folder / "results.md" if args.smoke else docs.OUT)
+    # Only the committed results make the committed page.
+    written = args.out or (docs.OUT if folder.resolve() == jobs.RESULTS else folder / "results.md")
     written.write_text(docs.markdown(folder))
     shown = args.page or folder / page.OUT.name
     shown.write_text(page.html(folder))

@@ -2,6 +2,12 @@
 
 Copies are seen twice, by a dispatch mode (every operator with its tensors) and by torch's profiler (every operator
 that the dispatcher starts, those inside a convolution too), and compared with the plan of the arm.
+
+A selection of channels is, for both, what the arm's own code takes of a tensor made in the run by one list of indices
+along one axis other than the first, which is the batch's (or the boxes'). It keeps the number of axes. Code is the
+network's own, and counts for nothing here, where the innermost module that runs is of a class of the masked network:
+a detector that keeps the best boxes of each image selects no channels. A concat of slices of one tensor is a selection
+too (UPSCALE's default); the profiler does not tell what a concat joins and sees no such selection.
 """
 
 from __future__ import annotations
@@ -9,14 +15,16 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,13 +81,66 @@ class Observed:
     peak_bytes: int
 
 
-def observe(module: nn.Module, inputs: tuple[Any, ...]) -> Observed:
-    """Run a module once, eagerly, and see what it does."""
-    watch = _Watch(module, inputs)
+_NETWORKS, _ARMS = "benchmarks: code of the network", "benchmarks: code of the arm"
+"""What the profiler shows around the operators of a module."""
+
+
+@dataclass(slots=True)
+class _Origin:
+    """Whose code is running: the innermost module of `running` tells.
+
+    Attributes:
+        network: the masked network; None where all code counts as the arm's.
+        running: the modules that run, as ranges that the profiler shows, with whose they are.
+    """
+
+    network: nn.Module | None
+    running: list[tuple[str, record_function]] = field(default_factory=list[tuple[str, record_function]])
+
+    @property
+    def is_arms(self) -> bool:
+        """Whether code of the arm runs, not of the network."""
+        return not self.running or self.running[-1][0] == _ARMS
+
+    @contextmanager
+    def following(self, module: nn.Module) -> Generator[None]:
+        """Keep `running` true while a module is called."""
+        theirs = {type(part) for part in self.network.modules()} if self.network is not None else set()
+        handles: list[Any] = []
+        for part in module.modules() if theirs else ():
+            handles.append(part.register_forward_pre_hook(self._entering(_NETWORKS if type(part) in theirs else _ARMS)))
+            handles.append(part.register_forward_hook(self._left, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, whose: str) -> Callable[..., None]:
+        def enter(*_: object) -> None:
+            self.running.append((whose, record_function(whose)))
+            self.running[-1][1].__enter__()
+
+        return enter
+
+    def _left(self, *_: object) -> None:
+        self.running.pop()[1].__exit__(None, None, None)
+
+
+def observe(module: nn.Module, inputs: tuple[Any, ...], network: nn.Module | None = None) -> Observed:
+    """Run a module once, eagerly, and see what it does.
+
+    Args:
+        module: what is run.
+        inputs: its positional arguments.
+        network: the masked network, whose own selections are none of channels; None: there are no such.
+    """
+    origin = _Origin(network)
+    watch = _Watch(module, inputs, origin)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one fused operator would hide the products of attention
     try:
-        with torch.no_grad(), watch:
+        with torch.no_grad(), origin.following(module), watch:
             module(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -89,12 +150,12 @@ def observe(module: nn.Module, inputs: tuple[Any, ...]) -> Observed:
 class _Watch(TorchDispatchMode):
     """Sees every operator below autograd, with its operands and results."""
 
-    def __init__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, module: nn.Module, inputs: tuple[Any, ...], origin: _Origin) -> None:
         super().__init__()
+        self.origin = origin
         state = [*module.parameters(), *module.buffers(), *_tensors(inputs)]
         self.state = {tensor.untyped_storage().data_ptr() for tensor in state}
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.selected: list[Tensor] = []
         self.copies = Copies()
         self.counts = {"relayouts": 0, "concats": 0}
         self.bytes = {"relayouts": 0, "concats": 0}
@@ -112,16 +173,23 @@ class _Watch(TorchDispatchMode):
         return result
 
     def _one(self, func: Any, args: tuple[Any, ...], result: Tensor) -> None:
-        if func in _SELECTIONS and self._is_made(args[0]):
-            axis = _selected_axis(args[0], result)
-            if axis is not None:
-                self.copies += Copies(1, result.shape[axis], _size(result))
+        axis = self._selected_axis(func, args)
+        if axis is not None:
+            self.copies += Copies(1, result.shape[axis], _size(result))
         elif func in _RELAYOUTS and self._is_made(args[0]):
             self._count("relayouts", result)
         elif func in _CONCATS and any(map(self._is_made, args[0])):
             self._count("concats", result)
         elif func in _PRODUCTS:
             self.macs += _PRODUCTS[func](self, args, result)
+
+    def _selected_axis(self, func: Any, args: tuple[Any, ...]) -> int | None:
+        """The axis along which an operator selects channels; None if it selects none."""
+        if func not in _SELECTIONS or not self.origin.is_arms:
+            return None
+        operand = args[0][0] if func in _CONCATS else args[0]
+        axis = _SELECTIONS[func](args)
+        return axis if axis is not None and axis % operand.ndim > 0 and self._is_made(operand) else None
 
     def _count(self, what: str, result: Tensor) -> None:
         self.counts[what] += 1
@@ -164,17 +232,21 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _selected_axis(operand: Tensor, result: Tensor) -> int | None:
-    """The axis along which a selection took part of a tensor; None if it is none (rows of boxes, say).
+def _axis_of_index_select(args: tuple[Any, ...]) -> int | None:
+    return int(args[1])
 
-    A selection of as many entries as there are is one of channels too: in another order.
-    """
-    if operand.ndim != result.ndim or operand.ndim < 2:
-        return None
-    different = [axis for axis in range(operand.ndim) if operand.shape[axis] != result.shape[axis]]
-    if len(different) > 1 or different == [0]:
-        return None
-    return different[0] if different else 1
+
+def _axis_of_index(args: tuple[Any, ...]) -> int | None:
+    """The axis of `x[:, indices]`; None where several axes are indexed at once, or the list is no list."""
+    lists = [(axis, indices) for axis, indices in enumerate(args[1]) if indices is not None]
+    return lists[0][0] if len(lists) == 1 and lists[0][1].ndim == 1 else None
+
+
+def _axis_of_runs(args: tuple[Any, ...]) -> int | None:
+    """The axis of a concat that joins views of one tensor, at least two; None for a concat of several tensors."""
+    parts: Sequence[Tensor] = args[0]
+    one = len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    return (int(args[1]) if len(args) > 1 else 0) if one and len(parts) > 1 else None
 
 
 def _convolution(watch: _Watch, args: tuple[Any, ...], result: Tensor) -> Macs:
@@ -211,9 +283,13 @@ def _counted(filters: Tensor, positions: int, *, per_position: bool) -> Macs:
     )
 
 
-_SELECTIONS = frozenset({aten.index_select.default, aten.index.Tensor})
 _RELAYOUTS = frozenset({aten.clone.default, aten._to_copy.default})
 _CONCATS = frozenset({aten.cat.default})
+_SELECTIONS: dict[Any, Callable[[tuple[Any, ...]], int | None]] = {
+    aten.index_select.default: _axis_of_index_select,
+    aten.index.Tensor: _axis_of_index,
+    aten.cat.default: _axis_of_runs,
+}
 _PRODUCTS: dict[Any, Callable[[_Watch, tuple[Any, ...], Tensor], Macs]] = {
     aten.convolution.default: _convolution,
     aten.addmm.default: _affine,
@@ -226,39 +302,102 @@ class Profiled:
     """What torch's profiler sees in one run.
 
     Attributes:
-        selections, selected_bytes: calls of `index_select`, and what they write.
+        selections, channels, selected_bytes: selections of channels by an index, and what they write.
         hidden, hidden_bytes: copies that a convolution makes of its operands by itself, and what they write.
     """
 
     selections: int
+    channels: int
     selected_bytes: int
     hidden: int
     hidden_bytes: int
+
+    @property
+    def copies(self) -> Copies:
+        """Its selections, as `Observed` has them."""
+        return Copies(self.selections, self.channels, self.selected_bytes)
 
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop are no news; read when the profiler is first used
 
 
-def profiled(module: nn.Module, inputs: tuple[Any, ...], itemsize: int = 4) -> Profiled:
+def profiled(
+    module: nn.Module, inputs: tuple[Any, ...], itemsize: int = 4, network: nn.Module | None = None
+) -> Profiled:
     """Run a module once, eagerly, under the profiler.
 
     Args:
         module: what is run.
         inputs: its positional arguments.
         itemsize: bytes of an element; the profiler does not tell types.
+        network: as for `observe`.
     """
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+    with (
+        torch.no_grad(),
+        _Origin(network).following(module),
+        profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen,
+    ):
         module(*inputs)
     events = list(seen.events() or ())
-    selected = [_selected_elements(event) for event in events if event.name == "aten::index_select"]
+    copies = sum((_selected(event, itemsize) for event in events if _is_arms(event)), Copies())
     hidden = [math.prod(event.input_shapes[0]) for event in events if _is_hidden_copy(event)]
-    return Profiled(len(selected), sum(selected) * itemsize, len(hidden), sum(hidden) * itemsize)
+    return Profiled(copies.copies, copies.channels, copies.bytes, len(hidden), sum(hidden) * itemsize)
 
 
-def _selected_elements(event: Any) -> int:
-    shape, indices = list(event.input_shapes[0]), event.input_shapes[2]
-    shape[int(event.concrete_inputs[1])] = math.prod(indices)
-    return math.prod(shape)
+def _is_arms(event: Any) -> bool:
+    """Whether an operator was called by the arm's code: what `_Origin.is_arms` says in the run itself."""
+    return next((name for name in _above(event) if name in (_ARMS, _NETWORKS)), _ARMS) == _ARMS
+
+
+def _selected(event: Any, itemsize: int) -> Copies:
+    """What an operator selects of channels; nothing if it does not."""
+    taken = _PROFILED[event.name](event) if event.name in _PROFILED else None
+    if taken is None:
+        return Copies()
+    axis, shape = taken
+    return Copies(1, shape[axis], math.prod(shape) * itemsize) if axis > 0 else Copies()
+
+
+def _taken_by_index_select(event: Any) -> tuple[int, list[int]] | None:
+    """The axis and the shape of the result."""
+    shape = list(event.input_shapes[0])
+    axis = int(event.concrete_inputs[1]) % len(shape)
+    shape[axis] = math.prod(event.input_shapes[2])
+    return axis, shape
+
+
+def _taken_by_index(event: Any) -> tuple[int, list[int]] | None:
+    """The same for `x[:, indices]`, whose lists the profiler does not show.
+
+    What it shows is how the kernel spreads its operand over the result: every axis that an index runs along has the
+    stride 0.
+    """
+    operand = list(event.input_shapes[0])
+    spread = [child.concrete_inputs for child in event.cpu_children if child.name == "aten::as_strided"]
+    if not spread:
+        return None
+    shape, strides = list(spread[-1][1]), list(spread[-1][2])
+    axes = [axis for axis, stride in enumerate(strides) if stride == 0]
+    return (axes[0], shape) if len(axes) == 1 and len(shape) == len(operand) else None
+
+
+_PROFILED: dict[str, Callable[[Any], tuple[int, list[int]] | None]] = {
+    "aten::index_select": _taken_by_index_select,
+    "aten::index": _taken_by_index,
+}
+
+
+def peak_allocated(call: Callable[..., object], inputs: tuple[Any, ...]) -> int:
+    """Most bytes that a call has allocated at once on the CPU, as torch's profiler tells; for compiled modules too.
+
+    What an operator needs inside (the buffers of a convolution) counts as well, other than in `Observed`.
+    """
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call(*inputs)
+    results: Any = seen.profiler.kineto_results if seen.profiler else None
+    events: list[Any] = list(results.events()) if results else []
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate((size for _, size in changes), initial=0))
 
 
 def _is_hidden_copy(event: Any) -> bool:
@@ -279,4 +418,4 @@ def _above(event: Any) -> Iterator[str]:
         parent = parent.cpu_parent
 
 
-__all__ = ["Macs", "Observed", "Profiled", "observe", "profiled"]
+__all__ = ["Macs", "Observed", "Profiled", "observe", "peak_allocated", "profiled"]

@@ -1,7 +1,12 @@
 """One HTML page with plots of the committed JSON: bytes, latency, Pareto fronts, solver, compile time.
 
     python -m benchmarks page --out results.html
-    python -m benchmarks page --accuracy accuracy.csv     # columns model, amount, arm, accuracy: adds Pareto fronts
+    python -m benchmarks page --accuracy accuracy.csv     # adds Pareto fronts
+
+The CSV has the columns model, amount, arm and accuracy, and may have side, criterion, scope and seed; without them its
+masks are those that `run` makes by default: inputs, by their L2 norm, in every layer alike. An accuracy goes to the
+timed records of that network, mask and arm, and to no others. What `python -m benchmarks accuracy` writes is taken as
+well: it has latencies of its own.
 
 Self-contained: inline SVG, no script, nothing from the network. Needs the extra `report` (matplotlib, jinja2).
 """
@@ -9,17 +14,23 @@ Self-contained: inline SVG, no script, nothing from the network. Needs the extra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
+import itertools
+import json
+import math
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from benchmarks import docs, jobs, run, scale, solver, survey
-from benchmarks.cases import Record
+from benchmarks import cases, docs, jobs, run, scale, solver, survey
+from benchmarks.cases import Mask, Record
+from benchmarks.masks import Side
 
 OUT = jobs.RESULTS / "page.html"
 TEMPLATE = Path(__file__).resolve().parent / "page.html.jinja"
@@ -31,6 +42,7 @@ COLOURS = {
     "greedy": "#E69F00",
     "upscale": "#CC79A7",
     "upscale_runs": "#8C4A6E",
+    "unmasked": "#7A7A2E",
     "constrained": "#56B4E9",
     "torch_pruning": "#0072B2",
     "chanopt": "#009E73",
@@ -39,6 +51,8 @@ _FAMILY_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4
 
 Row = Mapping[str, Any]
 Draw = Callable[[Any], None]
+Point = tuple[float, float]
+Key = tuple[str, Mask, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +103,26 @@ def drawn(caption: str, draw: Draw, size: tuple[float, float] = (9.0, 4.0)) -> P
 
 
 def copies_part(rows: Sequence[Row]) -> Part:
-    """Bytes against amount, and by network."""
-    input_rows = [
-        r for r in rows if r["side"] == "input" and r.get("greedy") and r.get("chanopt") and docs.upscale_runs(r)
-    ]
-    amounts = sorted({row["amount"] for row in input_rows})
+    """Bytes against amount, and by network, over all networks that have the counts of every arm that is drawn."""
+    arms = ("naive", "greedy", "chanopt")
+    counted = [row for row in rows if row["side"] == "input" and all(row.get(arm) for arm in arms)]
+    amounts = sorted({row["amount"] for row in counted})
+    by_model: dict[str, dict[float, Row]] = {}
+    for row in counted:
+        by_model.setdefault(row["model"], {})[row["amount"]] = row
+    # Sums are of the same networks at every amount.
+    summed = [found for found in by_model.values() if len(found) == len(amounts)]
 
     def against_amount(axes: Any) -> None:
-        for arm in ("naive", "greedy", "chanopt"):
-            sums = [sum(r[arm]["bytes"] for r in input_rows if r["amount"] == amount) / 1e6 for amount in amounts]
+        for arm in arms:
+            sums = [sum(found[amount][arm]["bytes"] for found in summed) / 1e6 for amount in amounts]
             axes.plot([100 * a for a in amounts], sums, marker="o", label=arm, color=COLOURS[arm])
-        axes.set(xlabel="input channels masked, %", ylabel="MB copied, all networks", ylim=(0, None))
+        axes.set(xlabel="input channels masked, %", ylabel=f"MB copied, {len(summed)} networks", ylim=(0, None))
         axes.legend(frameon=False)
 
-    half = [row for row in input_rows if row["amount"] == 0.5 and row["naive"]["bytes"]]
+    half = [row for row in counted if row["amount"] == 0.5 and row["naive"]["bytes"]]
+    # Of nothing there is no share.
+    without = [row["model"] for row in counted if row["amount"] == 0.5 and not row["naive"]["bytes"]]
 
     def by_network(axes: Any) -> None:
         for shift, arm in ((0.2, "greedy"), (-0.2, "chanopt")):
@@ -113,9 +133,11 @@ def copies_part(rows: Sequence[Row]) -> Part:
         axes.set(xlabel="bytes copied, % of the naive export")
         axes.legend(frameon=False)
 
-    plots = [drawn("Bytes copied to select channels, by the share that is masked", against_amount)]
+    plots = [drawn("Bytes copied to select channels, by the share that is masked", against_amount)] if summed else []
     if half:
-        plots.append(drawn("Bytes copied by network, half masked", by_network, (9.0, 1.0 + 0.22 * len(half))))
+        told = f" (not shown, as the naive export copies nothing: {', '.join(without)})" if without else ""
+        caption = f"Bytes copied by network, half masked{told}"
+        plots.append(drawn(caption, by_network, (9.0, 1.0 + 0.22 * len(half))))
     lines = [docs.network_line(row) for row in rows if row["side"] == "input" and row["amount"] == 0.5]
     return Part("Copies, against UPSCALE", plots, [Table("Every network, half masked", docs.NETWORK_HEADS, lines)])
 
@@ -128,7 +150,8 @@ def speed_part(rows: Sequence[Row]) -> Part:
     for conditions, part in docs.by_conditions(timed).items():
         models = list(dict.fromkeys(record.case.model for record in part))
         caption = f"Latency as a share of the masked network's: {conditions}"
-        plots.append(drawn(caption, _bars(part, models), (9.0, 1.2 + 0.5 * len(models))))
+        if any("dense" in record.ratios for record in part):
+            plots.append(drawn(caption, _bars(part, models), (9.0, 1.2 + 0.5 * len(models))))
     # What differs in nothing but how much is masked lies on one curve.
     curves: dict[str, list[Record]] = {}
     for record in timed:
@@ -139,7 +162,7 @@ def speed_part(rows: Sequence[Row]) -> Part:
         if len({record.case.mask.amount for record in mine}) > 1:
             plots.append(drawn(f"Latency by the share that is masked: {what}", _lines(mine)))
         if any(record.accuracy is not None for record in mine):
-            plots.append(drawn(f"Accuracy and latency: {what}", _pareto(mine)))
+            plots.append(drawn(f"Accuracy and latency: {what}", _pareto(_points(mine))))
     made = docs.by_conditions(record for record in records if record.status == "ok")
     tables = [
         Table(f"What the arms do: {way}", docs.DOING_HEADS, list(map(docs.doing, mine))) for way, mine in made.items()
@@ -148,7 +171,7 @@ def speed_part(rows: Sequence[Row]) -> Part:
 
 
 def _bars(records: Sequence[Record], models: Sequence[str]) -> Draw:
-    arms = [arm for arm in COLOURS if any(record.arm == arm for record in records) and arm != "dense"]
+    arms = [arm for arm in COLOURS if any(r.arm == arm and "dense" in r.ratios for r in records)]
 
     def draw(axes: Any) -> None:
         height = 0.8 / max(1, len(arms))
@@ -173,24 +196,42 @@ def _lines(records: Sequence[Record]) -> Draw:
     def draw(axes: Any) -> None:
         for arm, colour in COLOURS.items():
             points = sorted((100 * r.case.mask.amount, r.latency_ms) for r in records if r.arm == arm and r.latency_ms)
-            axes.plot([x for x, _ in points], [y[1] for _, y in points], marker="o", label=arm, color=colour)
+            if points:
+                axes.plot([x for x, _ in points], [y[1] for _, y in points], marker="o", label=arm, color=colour)
         axes.set(xlabel="channels masked, %", ylabel="ms, median", ylim=(0, None))
         axes.legend(frameon=False, fontsize=8)
 
     return draw
 
 
-def _pareto(records: Sequence[Record]) -> Draw:
+def _points(records: Sequence[Record]) -> dict[str, list[Point]]:
+    """Milliseconds and accuracy by arm, in the order of the colours; an arm without any is left out."""
+    found: dict[str, list[Point]] = {}
+    for record in sorted(records, key=lambda record: list(COLOURS).index(record.arm)):
+        if record.latency_ms is not None and record.accuracy is not None:
+            found.setdefault(record.arm, []).append((record.latency_ms[1], record.accuracy))
+    return found
+
+
+def _pareto(points: Mapping[str, Sequence[Point]]) -> Draw:
     def draw(axes: Any) -> None:
-        for arm, colour in COLOURS.items():
-            points = [(r.latency_ms[1], r.accuracy) for r in records if r.arm == arm and r.latency_ms and r.accuracy]
-            axes.scatter([x for x, _ in points], [y for _, y in points], color=colour, label=arm, s=18)
-            front = pareto(points)
-            axes.plot([x for x, _ in front], [y for _, y in front], color=colour, lw=1, drawstyle="steps-post")
+        colours = _colours(points)
+        for arm, mine in points.items():
+            axes.scatter([x for x, _ in mine], [y for _, y in mine], color=colours[arm], label=arm, s=18)
+            front = pareto(mine)
+            axes.plot([x for x, _ in front], [y for _, y in front], color=colours[arm], lw=1, drawstyle="steps-post")
         axes.set(xlabel="ms, median", ylabel="accuracy")
         axes.legend(frameon=False, fontsize=8)
 
     return draw
+
+
+def _colours(arms: Iterable[str]) -> dict[str, str]:
+    """A colour an arm: its own if it has one, another that none of these has if not."""
+    names = list(arms)
+    own = {arm: COLOURS[arm] for arm in names if arm in COLOURS}
+    spare = itertools.cycle([colour for colour in _FAMILY_COLOURS if colour not in own.values()] or ["#000000"])
+    return {arm: own[arm] if arm in own else next(spare) for arm in names}
 
 
 def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -272,24 +313,138 @@ def scale_part(rows: Sequence[Row]) -> Part:
     )
 
 
-def with_accuracy(rows: Sequence[Row], path: Path | None) -> list[dict[str, Any]]:
-    """Records with the accuracy that a CSV file (model, amount, arm, accuracy) has for them.
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A line of a CSV file of accuracies.
+
+    Attributes:
+        line: its number in the file.
+        model, mask, arm: what the accuracy is of.
+        latency_ms: the median that the file has for it; None if it has none.
+    """
+
+    line: int
+    model: str
+    mask: Mask
+    arm: str
+    accuracy: float
+    latency_ms: float | None = None
+
+    @property
+    def key(self) -> Key:
+        """What the accuracy is of."""
+        return self.model, self.mask, self.arm
+
+    def __str__(self) -> str:
+        return f"line {self.line} ({self.model}, {self.mask}, {self.arm})"
+
+
+_NEEDED = ("accuracy", "amount", "arm", "model")
+_OWN = {"net", "amount", "arm", "accuracy", "latency_ms"}
+"""Columns of what `python -m benchmarks accuracy` writes: its networks and arms are not those that `run` times."""
+
+
+def given(path: Path) -> tuple[list[Given], bool]:
+    """What a CSV file of accuracies has, and whether it brings its own latencies.
 
     Raises:
-        ValueError: a column is missing.
+        OSError: the file cannot be read.
+        ValueError: a column is missing, a cell means nothing, or two lines tell two accuracies of the same.
     """
-    if path is None:
-        return [dict(row) for row in rows]
     with path.open(newline="") as file:
-        given = list(csv.DictReader(file))
-    needed = {"model", "amount", "arm", "accuracy"}
-    if given and not needed <= set(given[0]):
-        raise ValueError(f"{path}: expected the columns {', '.join(sorted(needed))}, found {', '.join(given[0])}")
-    known = {(g["model"], float(g["amount"]), g["arm"]): float(g["accuracy"]) for g in given}
+        reader = csv.DictReader(file)
+        heads, cells = list(reader.fieldnames or ()), [(reader.line_num, row) for row in reader]
+    own = set(heads) >= _OWN
+    if not own and not set(heads) >= {*_NEEDED}:
+        raise ValueError(
+            f"{path}: expected the columns {', '.join(_NEEDED)}, found {', '.join(heads) or 'none'}: name them so, "
+            "or give the accuracy.csv that python -m benchmarks accuracy writes"
+        )
+    found = [_given(path, line, row, own=own) for line, row in cells]
+    if not own:
+        _check_told_once(path, found)
+    return found, own
+
+
+def _check_told_once(path: Path, lines: Iterable[Given]) -> None:
+    known: dict[Key, Given] = {}
+    for line in lines:
+        before = known.setdefault(line.key, line)
+        if before.accuracy != line.accuracy:
+            raise ValueError(f"{path}, {line}: expected one accuracy, found {before.accuracy:g} and {line.accuracy:g}")
+
+
+def _given(path: Path, line: int, row: Mapping[str, Any], *, own: bool) -> Given:
+    try:
+        mask = Mask(amount=cases.amount(row["amount"] or "")) if own else _mask(row)
+        spread = json.loads(row["latency_ms"]) if own and row["latency_ms"] else None
+        model = row["net" if own else "model"]
+        return Given(line, model, mask, row["arm"], _number(row["accuracy"]), spread[1] if spread else None)
+    except (ValueError, TypeError, LookupError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"{path}, line {line}: {error}") from None
+
+
+def _mask(row: Mapping[str, Any]) -> Mask:
+    """The mask that a line describes; what it does not say is as `run` does it by default."""
+    words: dict[str, Any] = {name: row[name] for name in ("side", "criterion", "scope") if row.get(name)}
+    for name, known in (("side", get_args(Side)), ("criterion", cases.CRITERIA), ("scope", cases.SCOPES)):
+        if words.get(name, known[0]) not in known:
+            raise ValueError(f"expected a {name} among {', '.join(known)}, found {words[name]!r}")
+    seed = cases.at_least(0)(row["seed"]) if row.get("seed") else 0
+    return _plain(Mask(amount=cases.amount(row["amount"] or ""), seed=seed, **words))
+
+
+def _plain(mask: Mask) -> Mask:
+    """A mask without what does not matter: only a random choice has a seed."""
+    return mask if mask.criterion == "random" else replace(mask, seed=0)
+
+
+def _number(text: str | None) -> float:
+    with contextlib.suppress(ValueError):
+        if text and math.isfinite(float(text)):
+            return float(text)
+    raise ValueError(f"expected an accuracy as a number, as in 0.71, found {text!r}")
+
+
+def with_accuracy(rows: Sequence[Row], path: Path | None) -> list[dict[str, Any]]:
+    """Records with the accuracies that a CSV file has for their networks, masks and arms.
+
+    Standard error tells which lines of the file are of none of the records.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not as `given` expects it.
+    """
+    lines, own = given(path) if path else ([], False)
+    if own or not lines:
+        return [dict(row) for row in rows]
+    known = {line.key: line for line in lines}
     records = [Record.of(row) for row in rows]
+    keys = [(r.case.model, _plain(r.case.mask), r.arm) for r in records]
+    if strange := [str(line) for key, line in known.items() if key not in keys]:
+        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+        print(
+            f"{path}: expected networks, masks and arms that were timed, found others, which are left out: "
+            f"{'; '.join(strange[:5])}{more}",
+            file=sys.stderr,
+        )
     return [
-        replace(r, accuracy=known.get((r.case.model, r.case.mask.amount, r.arm), r.accuracy)).to_dict() for r in records
+        replace(record, accuracy=known[key].accuracy if key in known else record.accuracy).to_dict()
+        for record, key in zip(records, keys, strict=True)
     ]
+
+
+def accuracy_part(path: Path | None) -> Part | None:
+    """Pareto fronts of a CSV file that has latencies of its own, a plot a network; None of another file."""
+    lines, own = given(path) if path else ([], False)
+    if not own:
+        return None
+    by_model: dict[str, dict[str, list[Point]]] = {}
+    for line in lines:
+        if line.latency_ms is not None:
+            by_model.setdefault(line.model, {}).setdefault(line.arm, []).append((line.latency_ms, line.accuracy))
+    plots = [drawn(f"Accuracy and latency, as given: {model}", _pareto(arms)) for model, arms in by_model.items()]
+    return Part("Accuracy and latency, from the file given", plots)
 
 
 def html(folder: Path, accuracy: Path | None = None) -> str:
@@ -299,7 +454,7 @@ def html(folder: Path, accuracy: Path | None = None) -> str:
     speed = docs.load(folder, run.OUT.name)
     found: list[tuple[str, Any, Callable[[Any], Part], str]] = [
         ("Copies, against UPSCALE", docs.load(folder, survey.OUT.name), copies_part, "survey"),
-        ("Speed", with_accuracy(speed, accuracy) if speed else None, speed_part, "speed"),
+        ("Speed", with_accuracy(speed or [], accuracy), speed_part, "speed"),
         ("Orders of channels", docs.load(folder, solver.OUT.name), solver_part, "solver"),
         ("Compile time and memory", docs.load(folder, scale.OUT.name), scale_part, "scale"),
     ]
@@ -307,6 +462,7 @@ def html(folder: Path, accuracy: Path | None = None) -> str:
         make(rows) if rows else Part(heading, missing=f"python -m benchmarks --parts {command}")
         for heading, rows, make, command in found
     ]
+    parts += [part for part in [accuracy_part(accuracy)] if part]
     about = "On the same masks: what a user could run instead of chanopt, and how far each gets."
     measured = {heading: rows for heading, rows, _, _ in found if rows}
     about = " ".join([about, *(line.removeprefix("- ") for line in docs.measured_on(measured))])
@@ -314,14 +470,32 @@ def html(folder: Path, accuracy: Path | None = None) -> str:
     return environment.from_string(TEMPLATE.read_text()).render(title="chanopt: benchmarks", about=about, parts=parts)
 
 
+def accuracy_file(text: str) -> Path:
+    """Parse the name of a CSV file of accuracies, for command lines: it is read before anything is written."""
+    path = Path(text)
+    try:
+        given(path)
+    except (OSError, ValueError, csv.Error) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return path
+
+
 def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     made.add_argument("--results", type=Path, default=jobs.RESULTS, help="where the JSON is")
-    made.add_argument("--accuracy", type=Path, metavar="CSV", help="columns model, amount, arm, accuracy")
+    made.add_argument(
+        "--accuracy",
+        type=accuracy_file,
+        metavar="CSV",
+        help=f"columns {', '.join(_NEEDED)}; also side, criterion, scope, seed if masks are not the default ones; or "
+        "what python -m benchmarks accuracy writes",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Write the page; returns 0."""
+    if not args.results.is_dir():
+        raise SystemExit(f"expected a folder with results, found none at {args.results}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(html(args.results, args.accuracy))
     print(args.out)

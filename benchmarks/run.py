@@ -6,7 +6,10 @@
 
 The arms of a case are called in turn, round by round, so that what else the machine does falls on all of them
 alike; ratios are taken within a round. Each case has a process of its own. One JSON object an arm, all of one
-schema (`benchmarks.cases.Record`).
+schema (`benchmarks.cases.Record`). An arm that raises is a record that says so; the others go on.
+
+The arms naive and greedy ignore masked outputs: with --sides output or both they cut less than chanopt does.
+Under --modes inductor error and peak memory are of the compiled module; its operators are not counted.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -42,58 +45,106 @@ def run(case: Case, arms: Sequence[str], rounds: int) -> Iterator[Record]:
     masked, original = cases.networks(case)
     inputs = cases.inputs(case)
     subject = Subject(masked, inputs, original)
-    made: dict[str, Arm] = {}
     known: dict[str, Record] = {}
+    runnable: dict[str, Any] = {}
+    torch.compiler.reset()
     for name in arms:
         record = Record(case, name, on)
         try:
             arm = build(name, subject)
-            made[name] = replace(arm, module=cases.placed(arm.module, case))
-            known[name] = _looked_at(record, made[name], subject, case)
-        except ArmError as error:
-            known[name] = replace(record, status="error", exception=describe(error))
-    torch.compiler.reset()
-    runnable = {name: _compiled(arm.module, case) for name, arm in made.items()}
-    taken = time_arms(runnable, inputs, rounds, case.device) if runnable else {}
+            arm = replace(arm, module=cases.placed(arm.module, case))
+            compiled = _compiled(arm.module, case)
+            known[name] = _looked_at(record, arm, compiled, subject, case)
+            runnable[name] = compiled
+        # What one arm raises, whatever it is, is its own result and not that of the others.
+        except Exception as error:  # noqa: BLE001
+            known[name] = _failed(record, error)
+    taken, broken = _times(runnable, inputs, rounds, case.device)
     for name in arms:
-        yield _timed(known[name], name, taken, rounds) if name in taken else known[name]
+        if name in broken:
+            yield _failed(known[name], broken[name])
+        else:
+            yield _timed(known[name], name, taken, rounds) if name in taken else known[name]
 
 
-def _looked_at(record: Record, arm: Arm, subject: Subject, case: Case) -> Record:
-    """A record with all that one eager run tells."""
-    seen = observe.observe(arm.module, subject.inputs)
+def _failed(record: Record, error: Exception) -> Record:
+    return replace(record, status="error", exception=str(error) if isinstance(error, ArmError) else describe(error))
+
+
+def _times(
+    runnable: Mapping[str, Any], inputs: tuple[Any, ...], rounds: int, device: str
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """The milliseconds of all arms that go through; an arm that raises is left out and the others are timed anew."""
+    broken: dict[str, Exception] = {}
+    while left := {name: arm for name, arm in runnable.items() if name not in broken}:
+        try:
+            return time_arms(left, inputs, rounds, device), broken
+        except _TimingError as failed:  # noqa: PERF203
+            broken[failed.arm] = failed.reason
+    return {}, broken
+
+
+class _TimingError(Exception):
+    """An arm raised while it was timed."""
+
+    def __init__(self, arm: str, reason: Exception) -> None:
+        super().__init__(f"{arm}: {reason}")
+        self.arm = arm
+        self.reason = reason
+
+
+def _looked_at(record: Record, arm: Arm, compiled: Any, subject: Subject, case: Case) -> Record:
+    """A record with all that runs of an arm tell: of the compiled module, error and peak memory alone."""
     seconds = {"capture": subject.capture_seconds, "make": arm.seconds}
     error = None
     if arm.name in SAME_MASKS:
-        error = relative_error(subject.model, arm.module, cases.inputs(case, seed=11))
+        error = relative_error(subject.model, compiled, cases.inputs(case, seed=11))
     parameters = {id(p): p for p in arm.module.parameters()}.values()
-    itemsize = getattr(torch, case.dtype).itemsize
-    return replace(
+    record = replace(
         record,
         same_function=arm.same_function,
         planned=asdict(arm.planned),
-        observed=asdict(seen.copies),
-        # UPSCALE's default copies by concatenation, which cannot be told from the network's own.
-        agree=None if arm.name == "upscale_runs" else seen.copies == arm.planned,
-        profiled=asdict(observe.profiled(arm.module, subject.inputs, itemsize)),
-        relayouts=(seen.relayouts, seen.relayout_bytes),
-        concats=(seen.concats, seen.concat_bytes),
-        macs=asdict(seen.macs),
         parameters=sum(p.numel() for p in parameters),
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        peak_bytes=_cuda_peak(arm.module, subject.inputs) if case.device == "cuda" else seen.peak_bytes,
         seconds={stage: spent for stage, spent in seconds.items() if spent is not None},
         figures=dict(arm.figures),
         error=error,
     )
+    if case.mode != "eager":
+        return replace(record, peak_bytes=_peak(compiled, subject.inputs, case))
+    record = _observed(record, arm, subject, case)
+    return replace(record, peak_bytes=_peak(arm.module, subject.inputs, case)) if case.device == "cuda" else record
+
+
+def _observed(record: Record, arm: Arm, subject: Subject, case: Case) -> Record:
+    """A record with what the operators of eager runs did."""
+    seen = observe.observe(arm.module, subject.inputs, subject.model)
+    itemsize = getattr(torch, case.dtype).itemsize
+    return replace(
+        record,
+        observed=asdict(seen.copies),
+        agree=seen.copies == arm.planned,
+        profiled=asdict(observe.profiled(arm.module, subject.inputs, itemsize, subject.model)),
+        relayouts=(seen.relayouts, seen.relayout_bytes),
+        concats=(seen.concats, seen.concat_bytes),
+        macs=asdict(seen.macs),
+        peak_bytes=seen.peak_bytes,
+    )
+
+
+def _peak(call: Any, inputs: tuple[Any, ...], case: Case) -> int:
+    """Most bytes allocated at once by a call after the first, which may compile."""
+    with torch.no_grad():
+        call(*inputs)
+    return _cuda_peak(call, inputs) if case.device == "cuda" else observe.peak_allocated(call, inputs)
 
 
 @torch.no_grad()
-def _cuda_peak(module: nn.Module, inputs: tuple[Any, ...]) -> int:
+def _cuda_peak(call: Callable[..., object], inputs: tuple[Any, ...]) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    module(*inputs)
+    call(*inputs)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
@@ -105,19 +156,26 @@ def _compiled(module: nn.Module, case: Case) -> Any:
 
 
 def time_arms(arms: Mapping[str, Any], inputs: tuple[Any, ...], rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds by arm, round by round (`benchmarks.speed.time_arms`); on CUDA a call ends with its result."""
-    if device != "cuda":
-        return speed.time_arms(dict(arms), inputs, rounds)
+    """Milliseconds by arm, round by round (`benchmarks.speed.time_arms`); on CUDA a call ends with its result.
 
-    def waiting(arm: Any) -> Any:
+    Raises:
+        _TimingError: an arm raised; it says which.
+    """
+
+    def named(name: str, arm: Any) -> Any:
         def call(*args: Any) -> object:
-            result = arm(*args)
-            torch.cuda.synchronize()
+            try:
+                result = arm(*args)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            # Told with the arm's name: the caller goes on with the others.
+            except Exception as error:
+                raise _TimingError(name, error) from error
             return result
 
         return call
 
-    return speed.time_arms({name: waiting(arm) for name, arm in arms.items()}, inputs, rounds)
+    return speed.time_arms({name: named(name, arm) for name, arm in arms.items()}, inputs, rounds)
 
 
 def _timed(record: Record, name: str, taken: Mapping[str, list[float]], rounds: int) -> Record:
@@ -158,7 +216,8 @@ def job(case: Case, arms: Sequence[str], rounds: int) -> jobs.Job:
 def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     made.add_argument("--models", nargs="+", type=zoo.network, metavar="NAME", default=speed.MODELS)
-    made.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    told = "naive and greedy ignore masked outputs (default: all)"
+    made.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help=told)
     made.add_argument("--criteria", nargs="+", choices=cases.CRITERIA, default=["l2"])
     made.add_argument("--amounts", nargs="+", type=cases.amount, default=[0.5], metavar="SHARE")
     made.add_argument("--sides", nargs="+", choices=["input", "output", "both"], default=["input"])
@@ -170,7 +229,7 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--dtypes", nargs="+", choices=cases.DTYPES, default=["float32"])
     made.add_argument("--devices", nargs="+", choices=["cpu", "cuda"], default=["cpu"])
     made.add_argument("--threads", nargs="+", type=int, default=[1])
-    made.add_argument("--resolution", type=int, help="image size in pixels (default: each network's own)")
+    made.add_argument("--resolution", type=cases.at_least(1), help="image size in pixels (default: each network's own)")
     made.add_argument("--small", action="store_true", help="the least resolution each network accepts")
     made.add_argument("--rounds", type=cases.rounds, default=20, help="timed calls of each arm, at least 2")
     made.add_argument("--worker", metavar="CASE", help=argparse.SUPPRESS)
@@ -211,13 +270,32 @@ def differences(record: Record) -> str:
     exact = record.same_function and record.case.dtype in ("float32", "float64")
     if exact and record.error is not None and not record.error <= MAX_ERROR32:
         return f"outputs differ by {record.error:.1e} from the masked network's, over {MAX_ERROR32:.0e}"
-    if record.agree is None:
-        return ""
-    if not record.agree:
+    if record.agree is False and watched(record):
         return f"planned {record.planned}, observed {record.observed}"
-    seen = record.profiled or {}
-    observed = record.observed or {}
-    by_profiler = (seen.get("selections"), seen.get("selected_bytes"))
-    if record.arm != "upscale" and by_profiler != (observed.get("copies"), observed.get("bytes")):
+    if profile_agrees(record) is False:
         return f"observed {record.observed}, the profiler saw {record.profiled}"
     return ""
+
+
+def watched(record: Record) -> bool:
+    """Whether the copies of a run were compared with the plan by the dispatch mode: not in a compiled module."""
+    return record.agree is not None and record.case.mode == "eager"
+
+
+def profile_agrees(record: Record) -> bool | None:
+    """Whether torch's profiler saw the same selections as the dispatch mode.
+
+    Returns:
+        None if it could not: the arm selects by concatenation, of which the profiler does not tell the parts; or the
+        record is of a time when it counted no `x[:, indices]`, which is how UPSCALE selects, and told no channels.
+    """
+    if not watched(record) or record.profiled is None or record.arm == "upscale_runs":
+        return None
+    seen, observed = record.profiled, record.observed or {}
+    if "channels" in seen:
+        names = (("selections", "copies"), ("channels", "channels"), ("selected_bytes", "bytes"))
+    elif record.arm == "upscale":
+        return None
+    else:
+        names = (("selections", "copies"), ("selected_bytes", "bytes"))
+    return all(seen.get(name) == observed.get(other) for name, other in names)

@@ -14,6 +14,7 @@ as well.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import resource
 import sys
 import time
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import jobs
+from benchmarks import cases, jobs
 from chanopt.torchvision_shim import ensure_torchvision
 
 OUT = jobs.MINE / "scale.json"
@@ -115,6 +116,7 @@ def measure(family: str, size: int) -> dict[str, Any]:
     started = time.perf_counter()
     captured = chanopt.capture(model, inputs)
     spent = time.perf_counter() - started
+    _forget_peak()
     before = _peak()
     program = chanopt.lower(captured)
     one_by_one = [replace(p, processes=1) if isinstance(p, OrderChannels) else p for p in DEFAULT]
@@ -144,8 +146,18 @@ def _warm_up() -> None:
     chanopt.optimize(residual(18).eval(), (torch.randn(1, 3, 32, 32),))
 
 
+def _forget_peak() -> None:
+    """Start the peak anew at what is held now, where the system can (Linux); else what came before counts too."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak() -> int:
-    """Most memory this process has held, in bytes."""
+    """Most memory this process has held since then, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
@@ -162,17 +174,26 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float | None:
     return round(found, 9) + 0.0  # no -0.0
 
 
-def slopes(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """By family and stage, the slope against operands; against channels for the wide family, whose ops are the same."""
+def slopes(
+    rows: Iterable[Mapping[str, Any]], against: str = "operands", last: int | None = None
+) -> dict[str, dict[str, float | None]]:
+    """By family and stage, the slope of log value against log size.
+
+    Args:
+        rows: of any families.
+        against: the size: "ops" or "operands"; channels for the wide family, whose ops are the same.
+        last: of how many of the largest networks; None: of all.
+    """
     table: dict[str, dict[str, float | None]] = {}
     by_family: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["size"]):
         by_family.setdefault(row["family"], []).append(row)
-    for family, points in by_family.items():
-        against = [point["size" if family == "wide" else "operands"] for point in points]
-        table[family] = {stage: slope(against, [point[stage] for point in points]) for stage in STAGES}
+    for family, rising in by_family.items():
+        points = rising[-last:] if last else rising
+        sizes = [point["size" if family == "wide" else against] for point in points]
+        table[family] = {stage: slope(sizes, [point[stage] for point in points]) for stage in STAGES}
         names = set.intersection(*({*point["passes"]} for point in points))
-        table[family] |= {name: slope(against, [p["passes"][name] for p in points]) for name in sorted(names)}
+        table[family] |= {name: slope(sizes, [p["passes"][name] for p in points]) for name in sorted(names)}
     return table
 
 
@@ -180,7 +201,11 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     made.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     made.add_argument(
-        "--sizes", nargs="+", type=int, help="layers, or channels of the wide family (default: by family)"
+        "--sizes",
+        nargs="+",
+        type=cases.at_least(2),
+        metavar="SIZE",
+        help="layers, or channels of the wide family, at least 2 (default: by family)",
     )
     made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import jobs
+from benchmarks import cases, jobs
 from benchmarks.arms.greedy import greedy_order
 from chanopt.solve import Block, Edge, Instance, Reader, Solution, solve
 from chanopt.solve.solution import cost
@@ -289,8 +289,8 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     made.add_argument("--families", nargs="+", choices=NAMES, default=NAMES)
     made.add_argument("--sizes", nargs="+", type=size, metavar="CHANNELSxREADERS", default=SIZES)
-    made.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    made.add_argument("--time-limit", type=float, default=5.0, metavar="SECONDS", help="for one instance")
+    made.add_argument("--seeds", nargs="+", type=cases.at_least(0), default=SEEDS)
+    made.add_argument("--time-limit", type=cases.seconds, default=5.0, metavar="SECONDS", help="for one instance")
     made.add_argument("--store", action="store_true", help="write benchmarks/corpus anew, and nothing else")
     made.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 

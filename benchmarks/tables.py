@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pandas as pd
 
@@ -41,7 +41,9 @@ def frame(rows: Sequence[Row]) -> pd.DataFrame:
 def write(rows: Sequence[Row], csv: Path, heading: str) -> None:
     """Write `csv`, and beside it the same name with .md."""
     csv.parent.mkdir(parents=True, exist_ok=True)
-    frame(rows).to_csv(csv, index=False, float_format="%.4g")
+    # A column of counts with gaps is one of floats to pandas, unless it is told otherwise: digits would be lost.
+    counts = [name for name, told in get_type_hints(Row).items() if told in (int, int | None)]
+    frame(rows).astype(dict.fromkeys(counts, "Int64")).to_csv(csv, index=False, float_format="%.4g")
     csv.with_suffix(".md").write_text(markdown(rows, heading))
 
 

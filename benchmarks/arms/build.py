@@ -22,20 +22,25 @@ from chanopt.ir import Program
 
 _STEPS = 9
 """Halvings of the share of channels that the constrained arms keep: to within 1 / 512."""
+_STEP = 2.0**-_STEPS
 
 
 def build(name: str, subject: Subject) -> Arm:
     """Make an arm of a masked network; the network is not changed.
 
     Raises:
-        ArmError: it cannot be made: the peer is not installed or raises, or the network cannot be captured.
+        ArmError: it cannot be made: the peer is not installed, the network cannot be captured, or whatever else its
+            maker raises.
         KeyError: there is no such arm; the message lists them.
     """
     if name not in _MAKERS:
         raise KeyError(f"no arm {name!r}; there are: {', '.join(_MAKERS)}")
     try:
         return _MAKERS[name](subject)
-    except (chanopt.errors.ChanoptError, peers.PeerError, ImportError) as error:
+    except ArmError:
+        raise
+    # One arm that breaks must not take the others with it, however it breaks.
+    except Exception as error:
         raise ArmError(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
@@ -90,6 +95,14 @@ def _chanopt(subject: Subject) -> Arm:
     return Arm("chanopt", subject.fast, planned, report.seconds.get("optimize"), figures=told)
 
 
+def _unmasked(subject: Subject) -> Arm:
+    """What `chanopt.optimize` does to any network, masked or not: batch norms folded, pools where they are fast."""
+    module = chanopt.optimize(_original(subject), subject.inputs)
+    report = chanopt.explain(module)
+    planned = Copies(report.copies, report.gathered_channels, report.copied_bytes)
+    return Arm("unmasked", module, planned, report.seconds.get("optimize"), same_function=False)
+
+
 def _constrained(subject: Subject) -> Arm:
     """The largest share of channels, the same for all producers, that costs no more than chanopt's result."""
     model = copy.deepcopy(_original(subject))
@@ -102,9 +115,13 @@ def _constrained(subject: Subject) -> Arm:
         middle = (low + high) / 2
         fits = _macs(flow.laid_out(kept=plans.agreed(flow, middle))) <= budget
         low, high = (middle, high) if fits else (low, middle)
-    _zero_others(model, flow, plans.agreed(flow, low))
-    module = chanopt.optimize(captured)
-    report = chanopt.explain(module)
+    while True:  # what is optimised may round counts up, so it can cost more than was laid out
+        _zero_others(model, flow, plans.agreed(flow, low))
+        module = chanopt.optimize(captured)
+        report = chanopt.explain(module)
+        if report.macs_after <= budget or low <= 0:
+            break
+        low = max(0.0, low - _STEP)
     planned = Copies(report.copies, report.gathered_channels, report.copied_bytes)
     seconds = time.perf_counter() - started
     return Arm("constrained", module, planned, seconds, same_function=False, figures={"ratio": low})
@@ -180,6 +197,7 @@ _MAKERS: Mapping[str, Callable[[Subject], Arm]] = {
     "greedy": _greedy,
     "upscale": _upscale,
     "upscale_runs": _upscale_runs,
+    "unmasked": _unmasked,
     "constrained": _constrained,
     "torch_pruning": _torch_pruning,
     "chanopt": _chanopt,

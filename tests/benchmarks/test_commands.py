@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import everything, gate, jobs, run, scale, solver, speed, survey
+from benchmarks import docs, everything, gate, jobs, run, scale, solver, speed, survey
 
 
 @pytest.fixture
@@ -60,19 +60,76 @@ def test_where_nothing_can_be_written_is_said_before_anything_is_measured(
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_pages_are_not_made_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["docs", "page"])
+def test_pages_are_not_made_of_a_folder_that_is_not_there(name: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="expected a folder with results"):
-        command.main(["docs", "--results", str(tmp_path / "typo"), "--out", str(tmp_path / "x.md")])
+        command.main([name, "--results", str(tmp_path / "typo"), "--out", str(tmp_path / "x.md")])
+    assert not (tmp_path / "x.md").exists()
+
+
+@pytest.mark.parametrize(("folder", "page"), [("other", "other/results.md"), ("own", "docs.md")])
+def test_results_elsewhere_do_not_make_the_committed_page(
+    folder: str, page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(jobs, "RESULTS", tmp_path / "own")
+    monkeypatch.setattr(docs, "OUT", tmp_path / "docs.md")
+    monkeypatch.setattr(everything, "_step", lambda *_: 0)
+    (tmp_path / folder).mkdir()
+    assert command.main(["--parts", "scale", "--results", str(tmp_path / folder)]) == 0
+    assert list(tmp_path.rglob("*.md")) == [tmp_path / page]
 
 
 @pytest.mark.parametrize(
     "words",
-    [["run", "--rounds", "1"], ["run", "--amounts", "1.5"], ["survey", "--amounts", "x"], ["solver", "--sizes", "0x0"]],
+    [
+        ["run", "--rounds", "1"],
+        ["run", "--amounts", "1.5"],
+        ["survey", "--amounts", "x"],
+        ["survey", "--jobs", "0"],
+        ["solver", "--sizes", "0x0"],
+        ["solver", "--seeds", "-1"],
+        ["solver", "--time-limit", "-1"],
+        ["scale", "--families", "wide", "--sizes", "-4"],
+        ["scale", "--families", "residual", "--sizes", "0"],
+        ["--timeout", "-1"],
+        ["page", "--accuracy", "/nope.csv"],
+    ],
 )
-def test_words_that_mean_nothing_are_refused(words: list[str], called: list[Any]) -> None:
-    with pytest.raises(SystemExit):
+def test_words_that_mean_nothing_are_refused(
+    words: list[str], called: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
         command.main(words)
+    assert ended.value.code == 2
+    assert f"error: argument {words[-2]}: " in capsys.readouterr().err
     assert not called
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--batches", "1", "0"], "batch: expected 1 or more, found 0"),
+        (["--threads", "0"], "threads: expected 1 or more, found 0"),
+        (["--resolution", "-5"], "resolution: expected 1 or more, found -5"),
+    ],
+)
+def test_a_case_that_nothing_can_be_run_by_is_refused(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jobs, "run", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(SystemExit) as ended:
+        command.main(["run", *words])
+    assert ended.value.code == 2
+    assert f"error: {said}\n" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken_off(args: object) -> int:
+        raise jobs.Interrupted("1 of 2 jobs are kept")
+
+    monkeypatch.setattr(solver, "main", broken_off)
+    assert command.main(["solver"]) == 130
+    assert capsys.readouterr().err == "interrupted: 1 of 2 jobs are kept\n"
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

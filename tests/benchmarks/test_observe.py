@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.arms import Copies
-from benchmarks.observe import Macs, observe, profiled
+from benchmarks.observe import Macs, observe, peak_allocated, profiled
 
 
 class Selecting(nn.Module):
@@ -33,9 +33,62 @@ def test_selections_of_channels_are_counted_with_their_bytes() -> None:
     assert (seen.relayouts, seen.relayout_bytes) == (1, 2 * 5 * 16 * 4)
 
 
-def test_the_profiler_sees_index_select_on_any_axis() -> None:
-    seen = profiled(Selecting(), (torch.randn(2, 3, 4, 4),))
-    assert (seen.selections, seen.selected_bytes) == (1, 2 * 3 * 16 * 4)
+def test_the_profiler_sees_the_selections_that_the_dispatch_mode_sees() -> None:
+    assert profiled(Selecting(), (torch.randn(2, 3, 4, 4),)).copies == Copies(2, 5, 2 * 5 * 16 * 4)
+
+
+class Detector(nn.Module):
+    """A network whose own code picks rows, entries and columns of what a body makes."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.body(x).flatten(1)
+        every = torch.arange(len(y))
+        best = y[:, y.sum(0).argsort()[:3]]
+        return y[every], y[y[:, 0] > -1e9], y[every[:, None], every[:2]], best, torch.cat([y[:, :1], y[:, 2:]], 1)
+
+
+class Gathers(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (2 * x)[:, [3, 0]]
+
+
+def test_what_the_networks_own_code_picks_is_no_selection_of_channels() -> None:
+    inputs = (torch.randn(2, 4, 3, 3),)
+    network, arm = Detector(nn.Conv2d(4, 4, 1)), Detector(Gathers())
+    for module, copies in ((network, Copies()), (arm, Copies(1, 2, 2 * 2 * 9 * 4))):
+        assert observe(module, inputs, network).copies == copies
+        assert profiled(module, inputs, network=network).copies == copies
+
+
+def test_rows_and_pairs_are_no_channels_whoever_picks_them() -> None:
+    class Rows(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y, every = 2 * x, torch.arange(len(x))
+            return y[every], y.index_select(0, every), y[every[:, None], every[:2]], y[y[:, 0] > -1e9]
+
+    inputs = (torch.randn(3, 4),)
+    assert observe(Rows(), inputs).copies == profiled(Rows(), inputs).copies == Copies()
+
+
+def test_a_concat_of_slices_of_one_tensor_is_a_selection_that_only_the_dispatch_mode_sees() -> None:
+    class Runs(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = 2 * x
+            return torch.cat([y[:, :1], y[:, 2:4]], 1)
+
+    inputs = (torch.randn(2, 5, 4, 4),)
+    seen = observe(Runs(), inputs)
+    assert (seen.copies, seen.concats) == (Copies(1, 3, 2 * 3 * 16 * 4), 0)
+    assert profiled(Runs(), inputs).copies == Copies()
+
+
+def test_the_peak_of_a_call_is_what_it_has_allocated_at_once() -> None:
+    chain = nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU())
+    assert peak_allocated(chain, (torch.randn(1, 2, 8, 8),)) == 2 * (2 * 64 * 4)
 
 
 class Sliced(nn.Module):

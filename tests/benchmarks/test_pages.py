@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -124,15 +125,15 @@ def folder(tmp_path: Path) -> Path:
 def test_the_page_shows_every_part_and_keeps_bad_rows(folder: Path) -> None:
     text = docs.markdown(folder)
     assert "Not measured yet" not in text
-    assert "| input 50% | 3 | 3 | 2 | 18.00 | 8.00 | 8.00 | 1.00 | 1 | 0 | 1 | 15 / 15 |" in text
+    assert "| input 50% | 3 | 3 | 2 | 18.00 | 8.00 | 8.00 | 1.00 | 8.00 | 1 | 0 | 1 | 15 / 15 |" in text
     assert "| resnet18 | 9 | 4 | 4 | 3 | 9.00 | 4.00 | 3.00 | - | - |" in text
     assert "- vgg11, input 50%: chanopt copies 5,000,000 bytes, greedy 4,000,000; " in text
     assert "| resnet18 | 100.0 [90.0, 110.0] | 40.0 [36.0, 44.0] | 0.40 [0.36, 0.44] |" in text
     assert "- against dense: geometric mean 1.200; slower on resnet18" in text
-    assert "The selections that the operators made were those planned in 4 of 4 runs" in text
+    assert "Of 4 runs, 4 were compared with their plan by a dispatch mode in one eager run: 4 selected" in text
     assert "| chain | 64 x 8 | 2 | 2 | 0.0% | 1.50 | 2.00 | 0.500 | 0.500 |" in text
     assert "| corpus | all | 1 | 1 | 0.0% | 1.20 | 2.00 |" in text
-    assert "capture 1.00, solver 0.00, rest 1.00" in text
+    assert "| residual | ops, all sizes | 1.00 | 0.00 | 1.00 |" in text
     assert "1 rows, at the least resolution" in text
     assert "1 of 2 rows in bounds (2 networks; " in text
     assert "- vgg11, both 50%: error32 2e-04 over 1e-04" in text
@@ -142,7 +143,7 @@ def test_an_observation_that_disagrees_and_an_arm_that_failed_are_shown(folder: 
     wrong = replace(SPEED[1], agree=False, observed={"copies": 9})
     failed = Record(SPEED[0].case, "upscale", {}, status="error", exception="ArmError: no")
     text = "\n".join(docs.speed_part([r.to_dict() for r in (SPEED[0], wrong, failed)]))
-    assert "in 1 of 2 runs" in text
+    assert "Of 2 runs, 2 were compared with their plan by a dispatch mode in one eager run: 1 selected" in text
     assert "planned {'copies': 3, 'channels': 9, 'bytes': 36000000}, observed {'copies': 9}" in text
     assert "- resnet18, upscale: ArmError: no" in text
 
@@ -203,9 +204,83 @@ def test_accuracies_that_are_given_add_a_pareto_front(folder: Path, tmp_path: Pa
     assert "Accuracy and latency: resnet18" in page.html(folder, given)
     rows = page.with_accuracy([r.to_dict() for r in SPEED], given)
     assert [row["accuracy"] for row in rows] == [None, 0.7, None, 0.6]
+    given.write_text("model,amount,arm,accuracy\nresnet18,0.5,chanopt,0.0\n")
+    assert "Accuracy and latency: resnet18" in page.html(folder, given)
     given.write_text("network,accuracy\nresnet18,0.7\n")
     with pytest.raises(ValueError, match="expected the columns accuracy, amount, arm, model, found network, accuracy"):
         page.with_accuracy([r.to_dict() for r in SPEED], given)
+
+
+def test_an_accuracy_goes_to_its_own_mask_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masks = [Mask(), Mask(side="output"), Mask(scope="global"), Mask("random", seed=1), Mask("random", seed=2)]
+    rows = [replace(SPEED[1], case=Case("resnet18", mask)).to_dict() for mask in masks]
+    given = tmp_path / "accuracy.csv"
+    given.write_text("model,amount,arm,accuracy\nresnet18,0.5,chanopt,0.7\n")
+    assert [row["accuracy"] for row in page.with_accuracy(rows, given)] == [0.7, None, None, None, None]
+    heads = "model,amount,arm,accuracy,side,criterion,scope,seed\n"
+    given.write_text(heads + "resnet18,0.5,chanopt,0.6,output,,,7\nresnet18,0.5,chanopt,0.5,input,random,local,2\n")
+    assert [row["accuracy"] for row in page.with_accuracy(rows, given)] == [None, 0.6, None, None, 0.5]
+    assert capsys.readouterr().err == ""
+
+
+def test_accuracies_of_what_was_not_timed_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = tmp_path / "accuracy.csv"
+    given.write_text("model,amount,arm,accuracy\nresnet19,0.5,chanopt,0.7\nresnet18,0.5,ours,0.7\n")
+    page.with_accuracy([r.to_dict() for r in SPEED], given)
+    told = capsys.readouterr().err
+    assert "line 2 (resnet19, input 50% l2 local, chanopt); line 3 (resnet18, input 50% l2 local, ours)" in told
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        ("resnet18,50%,chanopt,0.7,", r"line 2: expected a share of the channels in \[0, 1\), found '50%'"),
+        ("resnet18,0.5,chanopt,71%,", "line 2: expected an accuracy as a number, as in 0.71, found '71%'"),
+        ("resnet18,0.5,chanopt,0.7,left", "line 2: expected a side among input, output, both, found 'left'"),
+        ("resnet18,0.5,chanopt", "line 2: expected an accuracy as a number"),
+        ("x,0.5,a,0.7,\nx,0.5,a,0.6,", r"line 3 \(x, .*, a\): expected one accuracy, found 0.7 and 0.6"),
+    ],
+)
+def test_cells_that_mean_nothing_are_refused(cells: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "accuracy.csv"
+    path.write_text(f"model,amount,arm,accuracy,side\n{cells}\n")
+    with pytest.raises(ArgumentTypeError, match=said):
+        page.accuracy_file(str(path))
+
+
+def test_what_the_accuracy_benchmark_writes_is_shown_with_its_own_latencies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "accuracy.csv"
+    lines = ['resnet,0,dense,0.0,0.9,"[1, 2, 3]"', 'resnet,0,smcp,0.5,0.8,"[1, 1.5, 3]"', "resnet,0,agp,0.5,0.8,"]
+    path.write_text("\n".join(["net,seed,arm,amount,accuracy,latency_ms", *lines]) + "\n")
+    assert [line.latency_ms for line in page.given(page.accuracy_file(str(path)))[0]] == [2, 1.5, None]
+    text = page.html(tmp_path, path)
+    assert "Accuracy and latency, as given: resnet" in text
+    assert "<!-- smcp -->" in text
+    assert "<!-- agp -->" not in text
+    assert capsys.readouterr().err == ""
+
+
+def test_legends_name_what_is_drawn() -> None:
+    ours = [replace(record, accuracy=0.5) for record in SPEED if record.arm == "chanopt"]
+    curve, front = page.speed_part([replace(r, ratios={}).to_dict() for r in ours]).plots
+    for plot in (curve, front):
+        assert "<!-- chanopt -->" in plot.svg
+        assert "<!-- naive -->" not in plot.svg
+
+
+def test_every_network_with_counts_is_drawn_whether_upscale_runs_it_or_not() -> None:
+    rows = [surveyed("resnet18", 3), surveyed("fastvit_t8", 5, upscale=None), surveyed("ssd300_vgg16", 5, greedy=None)]
+    nothing = {"copies": 0, "channels": 0, "bytes": 0}
+    rows.append(surveyed("swin_t", 0, naive=nothing, greedy=nothing, chanopt=nothing))
+    summed, by_network = page.copies_part(rows).plots
+    assert "<!-- MB copied, 3 networks -->" in summed.svg
+    assert "<!-- fastvit_t8 -->" in by_network.svg
+    assert "ssd300_vgg16" not in by_network.svg
+    assert "not shown, as the naive export copies nothing: swin_t" in by_network.caption
+    rows[0] = surveyed("resnet18", 3, amount=0.3)
+    assert page.copies_part(rows[:1]).plots
 
 
 def test_the_same_results_make_the_same_page(folder: Path) -> None:

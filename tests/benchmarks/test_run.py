@@ -3,17 +3,19 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from benchmarks import cases, run, zoo
-from benchmarks.arms import Subject, build
+from benchmarks import arms, cases, run, zoo
+from benchmarks.arms import Arm, Copies, Subject, build
 from benchmarks.cases import Case, Mask, Record
 
+makers = import_module("benchmarks.arms.build")  # the package has a function of that name
 CASE = Case("squeezenet1_1", Mask(), 64)
 
 
@@ -77,6 +79,11 @@ def test_an_arm_that_cannot_be_made_is_a_record_too() -> None:
         ({"agree": False}, "planned {'copies': 0"),
         ({"profiled": {"selections": 1}}, "the profiler saw {'selections': 1}"),
         ({"profiled": {"selections": 0, "selected_bytes": 8}}, "'selected_bytes': 8"),
+        ({"profiled": {"selections": 0, "channels": 5, "selected_bytes": 0}}, "'channels': 5"),
+        ({"arm": "upscale", "profiled": {"selections": 0, "channels": 5, "selected_bytes": 0}}, "'channels': 5"),
+        ({"arm": "upscale", "profiled": {"selections": 9, "selected_bytes": 9}}, ""),
+        ({"arm": "upscale_runs", "agree": False}, "planned {'copies': 0"),
+        ({"agree": False, "case": replace(CASE, mode="inductor")}, ""),
         ({"agree": None, "profiled": None}, ""),
         ({"error": 1e-3}, "outputs differ by 1.0e-03"),
         ({"error": 1e-3, "same_function": False}, ""),
@@ -87,6 +94,115 @@ def test_a_plan_that_is_not_what_happened_is_told(changes: dict[str, Any], said:
     told = run.differences(replace(records[0], **changes))
     assert said in told
     assert bool(said) == bool(told)
+
+
+class Net(nn.Module):
+    """Three readers of one value, of which no two keep the same channels, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.readers = nn.ModuleList([nn.Conv2d(8, 6, 1) for _ in range(3)])
+        for layer, kept in zip(self.readers, ([0, 1, 2], [2, 3, 0], [1, 3, 5]), strict=True):
+            dead = [channel for channel in range(8) if channel not in kept]
+            layer.weight.data[:, dead] = 0  # type: ignore[union-attr,index]
+        self.head = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).relu()
+        return self.head(torch.stack([layer(y) for layer in self.readers]).sum(0).relu())
+
+
+class Picking(nn.Module):
+    """The same with a part that torch.export cannot capture: it picks rows and columns by what it finds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.net(x).mean((2, 3))
+        rows = y[y[:, 0] > -1e9]
+        return rows, y[:, y.sum(0).argsort()[: 1 + int(bool((rows > -1e9).all()))]]
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> type[nn.Module]:
+    """Cases are of the small net, at 8 pixels, from here on."""
+    put(monkeypatch, Net)
+    return Net
+
+
+def put(monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    network = kind().eval()
+    monkeypatch.setattr(cases, "networks", lambda _: (network, network))
+    monkeypatch.setattr(cases, "inputs", lambda _, seed=0: (torch.randn(2, 3, 8, 8) + 0 * seed,))
+
+
+def test_copies_that_are_not_none_are_planned_and_seen_alike(tiny: type[nn.Module]) -> None:
+    names = ["dense", "naive", "greedy", "upscale", "upscale_runs", "chanopt"]
+    found = list(run.run(CASE, names, 2))
+    for record in found:
+        assert (record.status, record.agree, run.differences(record)) == ("ok", True, ""), record
+        assert run.profile_agrees(record) is (None if record.arm == "upscale_runs" else True)
+        assert bool((record.planned or {})["copies"]) == (record.arm != "dense")
+
+
+def test_what_a_detectors_own_code_picks_is_neither_planned_nor_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, Picking)
+    dense, ours = run.run(CASE, ["dense", "chanopt"], 2)
+    for record in (dense, ours):
+        assert (record.agree, run.profile_agrees(record)) == (True, True), record
+    assert (ours.planned or {})["copies"]
+
+
+class Breaks(nn.Module):
+    """Raises from some call on."""
+
+    def __init__(self, model: nn.Module, calls: int) -> None:
+        super().__init__()
+        self.model = model
+        self.left = calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyError("broken")
+        return self.model(x)
+
+
+@pytest.mark.parametrize("calls", [-1, 0, 1, 4, 6], ids=["make", "error", "observe", "warm up", "round"])
+def test_an_arm_that_breaks_anywhere_is_its_own_row_and_takes_no_other_with_it(
+    calls: int, tiny: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def maker(subject: Subject) -> Arm:
+        if calls < 0:
+            raise KeyError("broken")
+        return Arm("greedy", Breaks(subject.model, calls), Copies())
+
+    monkeypatch.setattr(makers, "_MAKERS", {**makers._MAKERS, "greedy": maker})
+    dense, broken, naive = run.run(CASE, ["dense", "greedy", "naive"], rounds=2)
+    assert (broken.status, broken.exception) == ("error", "KeyError: 'broken'")
+    assert broken.latency_ms is None
+    for record, other in ((dense, "naive"), (naive, "dense")):
+        assert record.status == "ok"
+        assert set(record.ratios) == {other}
+
+
+def test_what_is_told_of_a_compiled_module_is_measured_on_it(
+    tiny: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiled(module: nn.Module, _: Case) -> Any:
+        return lambda x: 2 * torch.cat([module(x)] * 50)[:2]
+
+    monkeypatch.setattr(run, "_compiled", compiled)
+    (ours,) = run.run(replace(CASE, mode="inductor"), ["chanopt"], 2)
+    assert (ours.agree, ours.observed, ours.profiled, ours.relayouts, ours.macs) == (None,) * 5
+    assert ours.error is not None
+    assert ours.error > 0.5
+    assert (ours.peak_bytes or 0) > 50 * 2 * 4 * 64 * 4
+    assert ours.parameters
 
 
 def test_arms_are_run_in_the_layout_of_their_case(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +230,15 @@ def parsed(*words: str) -> argparse.Namespace:
     made = argparse.ArgumentParser()
     run.add_arguments(made)
     return made.parse_args(words)
+
+
+def test_the_help_tells_which_arms_ignore_masked_outputs() -> None:
+    made = argparse.ArgumentParser(description=run.__doc__)
+    run.add_arguments(made)
+    told = " ".join(made.format_help().split())
+    assert "naive and greedy ignore masked outputs: with --sides output or both" in told
+    assert "--arms" in told
+    assert (arms.__doc__ or "").count("blind to masked outputs") == 2
 
 
 def test_the_plan_is_every_combination() -> None:
@@ -152,7 +277,7 @@ def test_finishing_writes_one_schema_and_tells_what_is_wrong(
     assert "b: boom" in capsys.readouterr().out
 
 
-class Net(nn.Module):
+class Chain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 8, 3)
@@ -165,7 +290,7 @@ def dead(layer: nn.Conv2d, axis: int) -> int:
 
 
 def test_masks_by_l1_take_the_least_channels_of_every_layer() -> None:
-    net = Net()
+    net = Chain()
     net.second.weight.data[:, 3] = 1e-3
     cases.apply(net, Mask("l1", 0.25))
     assert [dead(layer, 1) for layer in (net.first, net.second, net.third)] == [0, 2, 1]
@@ -173,12 +298,12 @@ def test_masks_by_l1_take_the_least_channels_of_every_layer() -> None:
 
 
 def test_global_masks_weigh_layers_against_each_other_and_leave_each_a_channel() -> None:
-    net = Net()
+    net = Chain()
     net.second.weight.data.uniform_(0.9, 1.1)
     net.third.weight.data[:, :3] *= 1e-3
     cases.apply(net, Mask("l2", 0.25, scope="global"))
     assert [dead(net.second, 1), dead(net.third, 1)] == [0, 3]
-    net = Net()
+    net = Chain()
     cases.apply(net, Mask("random", 0.99, "both", "global"))
     assert all(dead(layer, 0) < layer.out_channels for layer in (net.first, net.second, net.third))
     assert dead(net.first, 0) > 4
@@ -188,7 +313,7 @@ def test_global_masks_weigh_layers_against_each_other_and_leave_each_a_channel()
 def test_random_masks_depend_on_the_seed() -> None:
     def masked(seed: int) -> list[bool]:
         torch.manual_seed(0)
-        net = Net()
+        net = Chain()
         cases.apply(net, Mask("random", 0.5, scope="global", seed=seed))
         return (net.second.weight == 0).flatten().tolist()
 
@@ -197,7 +322,7 @@ def test_random_masks_depend_on_the_seed() -> None:
 
 def test_an_amount_that_is_no_fraction_is_refused() -> None:
     with pytest.raises(ValueError, match=r"in \[0, 1\), got 1"):
-        cases.apply(Net(), Mask(amount=1.0))
+        cases.apply(Chain(), Mask(amount=1.0))
 
 
 def test_networks_are_as_their_case_says() -> None:

@@ -57,6 +57,9 @@ def test_slopes_are_told_by_family_and_stage(tmp_path: Path, capsys: pytest.Capt
     assert found["residual"]["capture"] == pytest.approx(1)
     assert found["wide"]["rest"] == pytest.approx(2)
     assert found["wide"]["drop_dead"] == pytest.approx(1)
+    assert scale.slopes(lines, "ops")["residual"]["capture"] is None  # as many ops in all of them
+    bent = [*points("residual")[:2], {**points("residual")[2], "capture": 8.0}]
+    assert scale.slopes(bent, last=2)["residual"]["capture"] == pytest.approx(2)
     assert scale.finish(lines, tmp_path / "scale.json") == 0
     assert len(json.loads((tmp_path / "scale.json").read_text())) == 6
     lost = {"job": "residual 9", "status": "lost", "exception": "boom"}
@@ -64,3 +67,13 @@ def test_slopes_are_told_by_family_and_stage(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     assert "residual: slopes capture 1.00, solver 0.00, rest 2.00, memory 1.00, drop_dead 1.00" in printed
     assert "residual 9: boom" in printed
+
+
+def test_the_peak_begins_anew_at_what_is_held() -> None:
+    """What was freed before does not hide what is held now."""
+    large = bytearray(64 << 20)
+    del large
+    scale._forget_peak()
+    before = scale._peak()
+    held = bytearray(16 << 20)
+    assert len(held) <= scale._peak() - before < 64 << 20

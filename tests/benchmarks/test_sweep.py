@@ -221,6 +221,15 @@ def test_tables_have_totals_and_mark_what_was_not_measured(tmp_path: Path) -> No
     assert [line.split(",")[0] for line in lines] == ["model", "resnet18", "vit_b_16", "swin_t"]
 
 
+def test_counts_are_written_to_the_last_digit_beside_rows_without_them(tmp_path: Path) -> None:
+    exact = replace(GOOD, upscale_parameters=61_100_840, upscale_bytes=123_456_789)
+    raised = replace(GOOD, upscale_status="PeerError: x", upscale_parameters=None, upscale_bytes=None)
+    tables.write([exact, raised], tmp_path / "t.csv", "A heading")
+    text = (tmp_path / "t.csv").read_text()
+    assert ",61100840,2,20,123456789," in text
+    assert ",,2,20,," in text
+
+
 def test_the_smoke_cut_is_part_of_the_sweep() -> None:
     assert set(sweep.SMOKE_MODELS) <= set(sweep.zoo.ALL)
     assert set(sweep.SMOKE_SETTINGS) <= set(sweep.SETTINGS)
