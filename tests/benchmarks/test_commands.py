@@ -110,7 +110,7 @@ def test_words_that_mean_nothing_are_refused(
     [
         (["--batches", "1", "0"], "batch: expected 1 or more, found 0"),
         (["--threads", "0"], "threads: expected 1 or more, found 0"),
-        (["--resolution", "-5"], "resolution: expected 1 or more, found -5"),
+        (["--resolution", "-5"], "argument --resolution: expected a whole number, 1 or more, found '-5'"),
     ],
 )
 def test_a_case_that_nothing_can_be_run_by_is_refused(

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -159,10 +158,21 @@ def test_an_interruption_begins_no_further_job(tmp_path: Path, monkeypatch: pyte
     assert jobs.read(path)[0] == {"job": "0", "status": "ok"}
 
 
-def test_an_interruption_ends_what_runs(script: str, tmp_path: Path) -> None:
+def test_an_interruption_ends_what_runs(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes while `run` waits for a process that has begun; no signal, which could hit the test's own."""
+    begun, add = threading.Event(), jobs._Running.add
+
+    def adding(running: jobs._Running, process: jobs.Process) -> None:
+        add(running, process)
+        begun.set()
+
+    def interrupted(_: Future[None]) -> None:
+        assert begun.wait(30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs._Running, "add", adding)
+    monkeypatch.setattr(Future, "result", interrupted)
     before = time.monotonic()
-    timer = threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT])
-    timer.start()
     with pytest.raises(jobs.Interrupted, match="0 of 1 jobs"):
         jobs.run([Job("a", (script, "hangs"))], tmp_path / "out.jsonl")
     assert time.monotonic() - before < 30
