@@ -204,7 +204,7 @@ class _Layouts:
     # -- widening: a flow that is not gathered reads a range, if need be with channels nobody asked for -----------
 
     def _widened(self, live: dict[str, IndexMap]) -> dict[str, IndexMap]:
-        spoiled: set[Place] = set(self.paid)
+        spoiled: set[Place] = self.paid | self.graph.apart
         changed = True
         while changed:
             changed = False

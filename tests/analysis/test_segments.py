@@ -162,6 +162,23 @@ def test_a_residual_chain_is_one_segment() -> None:
     assert segment.instance.channels == 6
 
 
+def test_no_order_passes_through_a_flow_of_half_blocks() -> None:
+    """What the relu takes is every other channel of blocks of two: it gathers, whatever the order of blocks."""
+    parts = {"a": conv(3, 4), "m": torch.nn.Conv2d(4, 8, 3, padding=1, groups=4), "s": conv(8, 2), "u": conv(8, 2)}
+
+    def body(n: Net, x: Tensor) -> tuple[Tensor, ...]:
+        wide = n.m(n.a(x))
+        return n.s(wide.relu()), n.u(wide)
+
+    model = net(body, **parts)
+    kill(model.s, inputs=[1, 3, 5, 7])
+    program = prepared(model, image(), passes_before(OrderChannels))
+    graph = OrderGraph.build(program, demand(program), label(program))
+    (relu,) = [op.result for op in program.ops if op.target == "aten.relu.default"]
+    assert graph.apart == {(relu, 0)}
+    assert (relu, 0) not in graph.flows
+
+
 def test_a_concat_keeps_its_operands_in_blocks() -> None:
     def body(n: Net, x: Tensor) -> tuple[Tensor, Tensor]:
         t = torch.cat([n.a(x), n.b(x)], 1).relu()

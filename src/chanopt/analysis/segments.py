@@ -110,6 +110,8 @@ class OrderGraph:
         labels: per node, the labels it has live.
         flows: by the read that each stands for, in program order.
         into: per node, the flows that end there; `out`, those that begin there.
+        apart: flows that take half of a block, which is never a range: they gather whatever the order, and no order
+            passes through them.
         whole: the dropped nodes: they follow the order of what they are made from.
     """
 
@@ -125,6 +127,7 @@ class OrderGraph:
     spans: dict[str, list[Labels]] = field(default_factory=dict)
     into: dict[str, dict[Place, Flow]] = field(default_factory=dict)
     out: dict[str, dict[Place, Flow]] = field(default_factory=dict)
+    apart: set[Place] = field(default_factory=set)
     whole: dict[str, Whole] = field(default_factory=dict)
     members: dict[str, list[str]] = field(default_factory=dict)
 
@@ -170,6 +173,9 @@ class OrderGraph:
         node = self.node_of[read.value]
         if read.access is Access.FLOW and place not in self.labelling.loose:
             taken = flow_back(read, IndexMap(np.flatnonzero(self.demand.live[op.result])))
+            if not self._in_whole_blocks(read.value, taken):
+                self.apart.add(place)
+                return
             weight = len(np.unique(taken.array)) * operand.channel_bytes
             wanted = unique_in_order(labels[taken.array]).array
             self._connect(Flow(node, self.node_of[op.result], wanted, weight, place))
@@ -180,7 +186,7 @@ class OrderGraph:
         wanted = unique_in_order(labels[taken.array]).array
         ordered = read.access is not Access.SET or op.kind is Kind.GROUPED
         if not self._in_whole_blocks(read.value, taken):
-            return  # half a block is never a range: such a read gathers whatever the order
+            return
         if self._gathers_while_loading(op):
             block = SECTOR * operand.channel_bytes
             self.wishes[node].append(Wish(op.label(), wanted, block, place, grain=SECTOR))
@@ -204,9 +210,10 @@ class OrderGraph:
         return read.index
 
     def _in_whole_blocks(self, value: str, taken: IndexMap) -> bool:
+        """Whether a read takes all or none of every block; half of one is never a range, whatever the order."""
         labels = self.labelling.of[value]
         live = labels[self.demand.live[value]]
-        asked, counts = np.unique(labels[taken.array], return_counts=True)
+        asked, counts = np.unique(labels[np.unique(taken.array)], return_counts=True)
         names, sizes = np.unique(live, return_counts=True)
         return bool((sizes[np.searchsorted(names, asked)] <= counts).all())
 
@@ -250,7 +257,7 @@ class OrderGraph:
         del self.flows[flow.place], self.out[flow.source][flow.place], self.into[flow.target][flow.place]
 
     def _merge(self, flow: Flow, source: str, target: str) -> None:
-        """Make two nodes one; flows keep their order in the program."""
+        """Make two nodes one."""
         self._disconnect(flow)
         for other in self.out.pop(source).values():
             other.source = target
