@@ -485,8 +485,8 @@ def scale_part(rows: Rows) -> list[str]:
         "*solver* and *everything else* are of segments solved one after another, *optimise* of the default, side by "
         "side in processes once three seconds have gone by. Slopes of log time against log size; 1 is linear. A layer "
         "of a dense net reads all before it: its operands, and with them whatever looks at each of them, grow with "
-        "the square of its ops. *rest* holds the report, in which a layer is kept for each later reader: in a long "
-        "residual chain these are as many as layers, for every layer.",
+        "the square of its ops. *rest* is all that compiling does outside the solver, the report with it; capture is "
+        "torch.export's.",
         table(["network", "against", *stages], slopes),
     ]
 

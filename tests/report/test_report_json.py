@@ -6,9 +6,13 @@ import json
 from collections.abc import Callable
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+import chanopt
 from chanopt.errors import LoadError
 from chanopt.report import Report
+from chanopt.report.build import FURTHER, NAMED
 from tests.report import samples
 
 
@@ -70,3 +74,33 @@ def test_refuses_a_newer_format() -> None:
     text = json.dumps({**json.loads(samples.by_chanopt().to_json()), "format": 99})
     with pytest.raises(LoadError, match="found 99; update chanopt"):
         Report.from_json(text)
+
+
+class _Chain(nn.Module):
+    """A stem, and layers that each read the sum of all before and add to it."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.stem(x)
+        for layer in self.layers:
+            total = total + layer(total)
+        return total.sum(1)
+
+
+def test_a_long_chain_names_so_many_readers_and_no_more() -> None:
+    torch.manual_seed(0)
+    model = _Chain(NAMED + 8).eval()
+    with torch.no_grad():
+        for number, layer in enumerate(model.layers):
+            layer.weight[:, number % 8] = 0  # no layer reads all, so that none hides what another reads
+    report = chanopt.explain(chanopt.optimize(model, (torch.randn(2, 4),)))
+    stem = report.layers[0]
+    assert stem.name == "stem"
+    assert sum(why.startswith("read by layers.") for why in stem.kept) == NAMED
+    assert FURTHER in stem.kept
+    assert FURTHER not in report.layers[-1].kept
+    assert not any(report.why("stem", channel).startswith("not kept") for channel in range(8))

@@ -19,6 +19,11 @@ OUTPUT = "the model's output"
 RANGE = "lets others be read as ranges"
 ROUNDED = "makes a count that is quick here"
 NEEDED = "its layer or a reader cannot do without"
+FURTHER = "read by further layers"
+
+NAMED = 32
+"""Reasons that an operator passes on by name. In a chain of residual blocks a layer is kept for each later one; without
+a limit the report of a thousand layers would take the square of their number."""
 
 
 def build(
@@ -134,14 +139,16 @@ def why_kept(program: Program, rounded: Mapping[str, np.ndarray]) -> dict[str, R
     """Per value, per reason, shape (channels,): which live channels are kept for it.
 
     A reason is a layer that has weights for the channel, an operator that takes everything, or the model's output; if
-    there is none, that it was added for the sake of the count (`rounded`, by value), or of another's range.
+    there is none, that it was added for the sake of the count (`rounded`, by value), or of another's range. Through
+    operators that pass channels on, the `NAMED` reasons of most channels keep their names; the others are one.
     """
     reasons: dict[str, Reasons] = {name: {} for name, value in program.values.items() if value.layout is not None}
     for op in reversed(program.ops):
+        passed = _foremost(reasons.get(op.result, {}))
         for read in op.reads:
             operand = program.values[read.value]
             if operand.layout is not None:
-                _explain(op, read, program, reasons)
+                _explain(op, read, program, passed, reasons[read.value])
     for name, found in reasons.items():
         live = program.values[name].live.mask()
         for mask in found.values():
@@ -154,11 +161,20 @@ def why_kept(program: Program, rounded: Mapping[str, np.ndarray]) -> dict[str, R
     return reasons
 
 
-def _explain(op: Op, read: Any, program: Program, reasons: dict[str, Reasons]) -> None:
-    found = reasons[read.value]
+def _foremost(reasons: Reasons) -> Reasons:
+    """At most `NAMED` of them, those of most channels; the others as one."""
+    if len(reasons) <= NAMED:
+        return reasons
+    ranked = sorted(reasons, key=lambda why: (why == FURTHER, -np.count_nonzero(reasons[why])))
+    named = {why: reasons[why] for why in ranked[:NAMED]}
+    return {**named, FURTHER: np.logical_or.reduce([reasons[why] for why in ranked[NAMED:]])}
+
+
+def _explain(op: Op, read: Any, program: Program, passed: Reasons, found: Reasons) -> None:
+    """Add to `found`, of the value read, why `op` needs it; `passed`: why the op's result is needed."""
     channels = program.values[read.value].live.channels
     if read.access is Access.FLOW:
-        for why, mask in reasons[op.result].items():
+        for why, mask in passed.items():
             taken = flow_back(read, IndexMap(np.flatnonzero(mask)))
             _mark(found, why, taken.array, channels)
         return
