@@ -22,3 +22,24 @@ def pytree_info(graph: fx.Graph) -> PyTreeInfo:
 def parameters(operator: OpOverload) -> list[Any]:
     """The declared parameters of an ATen operator, in order."""
     return operator._schema.arguments  # pyright: ignore[reportPrivateUsage]
+
+
+def results(operator: OpOverload) -> list[Any]:
+    """What an ATen operator is declared to answer, in order."""
+    return operator._schema.returns  # pyright: ignore[reportPrivateUsage]
+
+
+def is_mutable(operator: OpOverload) -> bool:
+    """Whether an ATen operator is declared to write into an operand."""
+    return operator._schema.is_mutable  # pyright: ignore[reportPrivateUsage]
+
+
+def is_composite(operator: OpOverload) -> bool:
+    """Whether an ATen operator is made of others, so that its declaration does not tell what shares memory."""
+    return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)  # pyright: ignore
+
+
+def is_kept(operator: OpOverload) -> bool:
+    """Whether ``run_decompositions({})`` keeps an operator if it is composite: one that shares no memory, it says."""
+    shares = any(parameter.alias_info is not None for parameter in parameters(operator))
+    return not shares and torch.Tag.maybe_aliasing_or_mutating not in operator.tags

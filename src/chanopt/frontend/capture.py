@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection, export
 from torch.utils import _pytree as pytree
 
 from chanopt.errors import CaptureError
+from chanopt.frontend.out_of_place import out_of_place, retraced
 
 _LOG = logging.getLogger(__name__)
 _MOST = 65535  # batch norm on CUDA guards on a batch of at most this
@@ -142,9 +143,12 @@ def _export_dynamic(
 
 
 def _functional(exported: ExportedProgram) -> fx.GraphModule:
-    """The normal form: an empty decomposition table functionalises and keeps composites whole."""
+    """The graph without in-place operators: by a walk over it, or, where that cannot tell what they do, by torch."""
     try:
-        functional = exported.run_decompositions({})
+        module = out_of_place(exported.module(check_guards=False))
+        if module is not None:
+            return module
+        functional = retraced(exported)
         module = functional.module(check_guards=False)
     except Exception as error:
         raise CaptureError(

@@ -184,7 +184,8 @@ def batch_norm(low: Lowering, call: Call) -> Made:
         return Refused("batch statistics are computed at run time")
     x = low.channels_along(x, 1)
     params = tuple(low.param(p, 0) if isinstance(p, Const) else p for p in (weight, bias, mean, variance))
-    return low.add(call, Kind.MAP, (flow(x), *params, False, *rest), 1)
+    # Exported without cuDNN (as a CPU build of torch has it) a norm is to use it on a GPU all the same.
+    return low.add(call, Kind.MAP, (flow(x), *params, False, *rest[:2], True), 1)
 
 
 def instance_norm(low: Lowering, call: Call) -> Made:

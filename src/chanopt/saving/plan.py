@@ -373,7 +373,8 @@ def _plain_tensors(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def _calls(captured: Captured) -> str:
     """A digest of the operators that a graph runs, in order, with their arguments.
 
-    Those of masks are left out with what they compute; sizes are, which differ with the example inputs.
+    Those of masks are left out with what they compute; sizes are, which differ with the example inputs; and operators
+    on memory, of which a capture has more or less with how in-place operators had to be removed.
     """
     graph = captured.graph.graph
     fed: set[fx.Node] = set()
@@ -383,11 +384,18 @@ def _calls(captured: Captured) -> str:
         if not depends:
             continue
         fed.add(node)
-        if isinstance(node.target, OpOverload) and node.target is not torch.ops.aten.sym_size.int:
-            names.append(f"{node.target}{_arguments(node, node.target)}")  # which sizes are open, is no matter
+        if isinstance(node.target, OpOverload) and (name := str(node.target).split(".")[1]) not in _ON_MEMORY:
+            name = _SPELLINGS.get(name, name)
+            names.append(f"{name}{_arguments(node, node.target)}")  # which sizes are open, is no matter
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
+_ON_MEMORY = frozenset(
+    {"sym_size", "view", "_unsafe_view", "reshape", "flatten", "alias", "detach", "clone", "contiguous", "to"}
+    | {"_to_copy", "type_as", "lift_fresh_copy", "chunk", "split", "split_with_sizes"}
+    | {"dropout", "feature_dropout", "alpha_dropout"}
+)
+_SPELLINGS = {"_native_batch_norm_legit_no_training": "batch_norm"}
 _SHAPING = frozenset({"stride", "padding", "dilation", "groups", "output_padding", "kernel_size", "output_size"})
 """Arguments that torch's schemas give the type of a size, and that say what is computed."""
 
@@ -407,7 +415,10 @@ def _arguments(node: fx.Node, target: OpOverload) -> dict[str, Any]:
     return found
 
 
-_OF_MEMORY = frozenset({"dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking", "copy", "implicit"})
+_OF_MEMORY = frozenset(
+    {"dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking", "copy", "implicit"}
+    | {"training", "cudnn_enabled"}  # of batch norm: one that is trained is none that is captured
+)
 
 
 def _is_open(value: Any) -> bool:
