@@ -86,14 +86,14 @@ def retraced(exported: ExportedProgram) -> ExportedProgram:
     it is taken apart where anything is written in place; and what does answer its operand is an alias for the time of
     the trace.
     """
-    writes = any(isinstance(node.target, OpOverload) and is_mutable(node.target) for node in exported.graph.nodes)
-    apart = [torch.ops.aten.einsum.default] if writes else []
-    nodes = exported.graph.nodes
+    nodes, einsum = exported.graph.nodes, torch.ops.aten.einsum.default
+    writes = any(isinstance(node.target, OpOverload) and is_mutable(node.target) for node in nodes)
+    table = {einsum: default_decompositions()[einsum]} if writes else {}
     idle = [(node, node.target, node.args) for node in nodes if _is_idle(node, exported.graph_module)]
     try:
         for node, _, (operand, *_) in idle:
             node.target, node.args = torch.ops.aten.alias.default, (operand,)
-        return exported.run_decompositions({composite: default_decompositions()[composite] for composite in apart})
+        return exported.run_decompositions(table)
     finally:
         for node, target, args in idle:
             node.target, node.args = target, args
