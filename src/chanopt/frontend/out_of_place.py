@@ -88,7 +88,7 @@ def retraced(exported: ExportedProgram) -> ExportedProgram:
     """
     nodes, einsum = exported.graph.nodes, torch.ops.aten.einsum.default
     writes = any(isinstance(node.target, OpOverload) and is_mutable(node.target) for node in nodes)
-    table = {einsum: default_decompositions()[einsum]} if writes else {}
+    table: dict[Any, Any] = {einsum: default_decompositions()[einsum]} if writes else {}
     idle = [(node, node.target, node.args) for node in nodes if _is_idle(node, exported.graph_module)]
     try:
         for node, _, (operand, *_) in idle:
