@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize, prune
 
 import chanopt
 from chanopt.errors import CaptureError, ChanoptError, LoadError
+from chanopt.frontend import capture
 from tests.support.masks import mask_randomly
 from tests.support.micro import MICRO
 
@@ -228,6 +229,27 @@ def test_a_plan_made_under_masks_fits_the_bare_architecture(mask: str, x: Tensor
         slim = chanopt.apply_plan(other, chanopt.Plan.of(fast).to_json(), (x,))
         slim.load_state_dict(fast.state_dict())
         assert torch.equal(slim(x), fast(x))
+
+
+class Split(nn.Module):
+    """What a capture spells differently when torch has traced it again."""
+
+    def __init__(self, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), activation(), nn.Dropout(0.5))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.stem(x).chunk(2, 1)
+        return self.head((one * other).mean((2, 3), keepdim=True).flatten(1))
+
+
+def test_a_plan_does_not_depend_on_how_a_model_was_captured(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = chanopt.Plan.of(chanopt.optimize(Split().eval(), (x,))).to_json()
+    monkeypatch.setitem(capture.__globals__, "out_of_place", lambda module: None)
+    chanopt.apply_plan(Split().eval(), text, (x,))
+    with pytest.raises(LoadError, match="runs others"):
+        chanopt.apply_plan(Split(nn.SiLU).eval(), text, (x,))
 
 
 class Times(nn.Module):

@@ -385,17 +385,21 @@ def _calls(captured: Captured) -> str:
             continue
         fed.add(node)
         if isinstance(node.target, OpOverload) and (name := str(node.target).split(".")[1]) not in _ON_MEMORY:
-            name = _SPELLINGS.get(name, name)
-            names.append(f"{name}{_arguments(node, node.target)}")  # which sizes are open, is no matter
+            spelled = _SPELLINGS.get(name, str(node.target))
+            names.append(f"{spelled}{_arguments(node, node.target)}")  # which sizes are open, is no matter
     return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 _ON_MEMORY = frozenset(
     {"sym_size", "view", "_unsafe_view", "reshape", "flatten", "alias", "detach", "clone", "contiguous", "to"}
-    | {"_to_copy", "type_as", "lift_fresh_copy", "chunk", "split", "split_with_sizes"}
-    | {"dropout", "feature_dropout", "alpha_dropout"}
+    | {"_to_copy", "type_as", "lift_fresh_copy", "dropout", "feature_dropout", "alpha_dropout"}
 )
-_SPELLINGS = {"_native_batch_norm_legit_no_training": "batch_norm"}
+_SPELLINGS = {
+    **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training"), "batch_norm"),
+    **dict.fromkeys(("chunk", "split", "split_with_sizes"), "split"),
+}
+"""Operators that are one, taken apart or not."""
+
 _SHAPING = frozenset({"stride", "padding", "dilation", "groups", "output_padding", "kernel_size", "output_size"})
 """Arguments that torch's schemas give the type of a size, and that say what is computed."""
 
@@ -409,16 +413,15 @@ def _arguments(node: fx.Node, target: OpOverload) -> dict[str, Any]:
         kind = argument.real_type.str()
         is_size = "SymInt" in kind and argument.name not in _SHAPING
         value = given.get(argument.name, argument.default_value)
-        if "Tensor" in kind or is_size or argument.name in _OF_MEMORY or _is_open(value):
+        if "Tensor" in kind or is_size or argument.name in _OF_MEMORY | _OF_SPELLING or _is_open(value):
             continue
         found[argument.name] = list(value) if isinstance(value, tuple | list) else value
     return found
 
 
-_OF_MEMORY = frozenset(
-    {"dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking", "copy", "implicit"}
-    | {"training", "cudnn_enabled"}  # of batch norm: one that is trained is none that is captured
-)
+_OF_MEMORY = frozenset({"dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking", "copy", "implicit"})
+_OF_SPELLING = frozenset({"training", "cudnn_enabled", "chunks"})
+"""Arguments that only one spelling of an operator has."""
 
 
 def _is_open(value: Any) -> bool:
