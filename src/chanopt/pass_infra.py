@@ -9,7 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,16 +48,23 @@ class PassResult:
     Attributes:
         program: the program after the pass; the same object if nothing changed.
         modified: whether anything changed.
-        figures: what changed, as ``{name: (before, after)}``.
         seconds: how long the pass took, per pass name.
         notes: what the pass wants to tell besides, by name (solutions of segments, reasons, ...).
+        before: the program that the pass was given; set by calling it.
     """
 
     program: Program
     modified: bool
-    figures: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    before: Program | None = field(default=None, repr=False)
+
+    @cached_property
+    def figures(self) -> Mapping[str, tuple[int, int]]:
+        """What changed, as ``{name: (before, after)}``; counted when first asked for."""
+        return (
+            _changes(figures(self.before), figures(self.program)) if self.modified and self.before is not None else {}
+        )
 
 
 class Pass(ABC):
@@ -74,7 +82,7 @@ class Pass(ABC):
         """The rewritten program, or the very same object if there is nothing to do."""
 
     def __call__(self, program: Program) -> PassResult:
-        """Check what the pass requires, run it, and measure what it changed.
+        """Check what the pass requires, run it, and time it.
 
         Raises:
             PassError: a requirement does not hold; in checked mode also a guarantee, or a rule of the IR.
@@ -89,10 +97,10 @@ class Pass(ABC):
         self._dump(result.program, "after", number)
         if _CHECKED.get():
             self._check(result.program)
-        changed = _changes(figures(program), figures(result.program)) if result.modified else {}
-        _LOG.debug("%s: %s in %.3f s", self.name, changed or "nothing", seconds)
-        timings = result.seconds or {self.name: seconds}
-        return PassResult(result.program, result.modified, changed, timings, result.notes)
+        result = replace(result, seconds=result.seconds or {self.name: seconds}, before=program)
+        if _LOG.isEnabledFor(logging.DEBUG):
+            _LOG.debug("%s: %s in %.3f s", self.name, result.figures or "nothing", seconds)
+        return result
 
     def _dump(self, program: Program, when: str, number: int | None = None) -> int | None:
         """Write a program where the user asked for it; pipelines leave that to their passes."""
@@ -138,7 +146,7 @@ class Pipeline(Pass):
             for name, spent in result.seconds.items():
                 seconds[name] = seconds.get(name, 0.0) + spent
             notes.update(result.notes)
-        return PassResult(current, current is not program, {}, seconds, notes)
+        return PassResult(current, current is not program, seconds, notes)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ comes out uniform is constant.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from chanopt.analysis.weights import bias_values, kernel_sums, used
 from chanopt.errors import IRError
 from chanopt.ir import Access, Kind, Op, Program, Read
 
+_Known = TypeVar("_Known", np.bool_, np.float64)
 Values = npt.NDArray[np.float64]
 """Shape (logical channels,): the constant, or NaN where the channel is not one."""
 
@@ -51,17 +53,17 @@ class _Forwards:
 
     def _linear(self, op: Op) -> Values:
         operand = self.known[op.reads[0].value]
-        table, sums = used(op, self.program), None
-        settled = ~np.isnan(operand) & ((operand == 0) if op.border else True)
-        columns = _columns(op, table.shape, len(operand))
-        rows = (settled[columns] | ~table).all(1)
+        table = used(op, self.program)
+        unknown = np.isnan(operand) | ((operand != 0) if op.border else False)
+        rows = ~(table & _by_column(op, unknown, table.shape)).any(1)
         result = np.full(len(table), np.nan)
         if not rows.any():
             return result
         result[rows] = bias_values(op, self.program)[rows]
         if not op.border and table[rows].any():
             sums = kernel_sums(op, self.program)[rows]
-            result[rows] += (np.nan_to_num(operand)[columns[rows]] * sums).sum(1)
+            factors = np.broadcast_to(_by_column(op, np.nan_to_num(operand), table.shape), table.shape)
+            result[rows] += (factors[rows] * sums).sum(1)
         return result
 
     def _moved(self, op: Op, result: Values) -> Values:
@@ -148,13 +150,17 @@ def _behind(known: Values, read: Read) -> Values:
     return np.where(index >= 0, known[index], np.nan).reshape(-1, read.fan)
 
 
-def _columns(op: Op, shape: tuple[int, ...], operand: int) -> npt.NDArray[np.int64]:
-    """Shape (result channels, operand channels per group): the operand channel of each weight column."""
+def _by_column(op: Op, channels: npt.NDArray[_Known], shape: tuple[int, ...]) -> npt.NDArray[_Known]:
+    """What is known of the operand's channels for each weight column.
+
+    Returns:
+        Shape (result channels, operand channels per group), or one that broadcasts to it.
+    """
     rows, width = shape
     if op.kind is Kind.MAP:
-        return op.reads[0].index.array.reshape(rows, 1)
-    start = np.arange(rows) * op.groups // rows * width
-    return start[:, None] + np.arange(width)[None, :]
+        return channels[op.reads[0].index.array].reshape(rows, 1)
+    by_group = channels.reshape(op.groups, width)
+    return by_group if op.groups == 1 else np.repeat(by_group, rows // op.groups, axis=0)
 
 
 def _uniform(flat: Values, eps: float) -> npt.NDArray[np.bool_]:

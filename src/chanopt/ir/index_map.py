@@ -125,22 +125,24 @@ class IndexMap:
 
 def _written(array: Ints) -> Iterator[str]:
     """Ranges as ``4:7``, repeats as ``5x3`` (a flatten repeats each channel once per pixel), else the number."""
-    same = np.split(array, np.flatnonzero(np.diff(array) != 0) + 1) if len(array) else []
-    singles: list[int] = []
-    for piece in same:
-        if len(piece) == 1 and piece[0] >= 0 and (not singles or piece[0] == singles[-1] + 1):
-            singles.append(int(piece[0]))
+    starts = np.flatnonzero(np.diff(array, prepend=array[:1] - 1))
+    values, counts = array[starts].tolist(), np.diff(starts, append=len(array)).tolist()
+    begin = end = 0  # of the range that is open
+    for value, count in zip(values, counts, strict=True):
+        if count == 1 and value == end > begin:
+            end += 1
             continue
-        yield from _range(singles)
-        singles = [int(piece[0])] if len(piece) == 1 and piece[0] >= 0 else []
-        if not singles:
-            yield f"{piece[0]}x{len(piece)}" if len(piece) > 1 else str(piece[0])
-    yield from _range(singles)
+        yield from _range(begin, end)
+        single = count == 1 and value >= 0
+        begin, end = (value, value + 1) if single else (0, 0)
+        if not single:
+            yield f"{value}x{count}" if count > 1 else str(value)
+    yield from _range(begin, end)
 
 
-def _range(singles: list[int]) -> Iterator[str]:
-    if singles:
-        yield str(singles[0]) if len(singles) == 1 else f"{singles[0]}:{singles[-1] + 1}"
+def _range(begin: int, end: int) -> Iterator[str]:
+    if end > begin:
+        yield str(begin) if end == begin + 1 else f"{begin}:{end}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -129,7 +130,7 @@ class Param:
 Arg = Any  # Read | Param | Marker | literal | tuple of Arg: the argument tree of an op
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Op:
     """One operation.
 
@@ -166,12 +167,12 @@ class Op:
     def __iter__(self) -> Iterator[Read | Param]:
         return (leaf for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Read | Param))
 
-    @property
+    @cached_property
     def reads(self) -> tuple[Read, ...]:
         """The value operands, in argument order."""
         return tuple(leaf for leaf in self if isinstance(leaf, Read))
 
-    @property
+    @cached_property
     def params(self) -> tuple[Param, ...]:
         """The parameter operands, in argument order."""
         return tuple(leaf for leaf in self if isinstance(leaf, Param))
