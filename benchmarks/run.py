@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -98,7 +99,8 @@ def _looked_at(record: Record, arm: Arm, compiled: Any, subject: Subject, case: 
     seconds = {"capture": subject.capture_seconds, "make": arm.seconds}
     error = None
     if arm.name in SAME_MASKS:
-        error = relative_error(subject.model, compiled, cases.inputs(case, seed=11))
+        with _as_timed(case):
+            error = relative_error(subject.model, compiled, cases.inputs(case, seed=11))
     parameters = {id(p): p for p in arm.module.parameters()}.values()
     record = replace(
         record,
@@ -134,12 +136,16 @@ def _observed(record: Record, arm: Arm, subject: Subject, case: Case) -> Record:
 
 def _peak(call: Any, inputs: tuple[Any, ...], case: Case) -> int:
     """Most bytes allocated at once by a call after the first, which may compile."""
-    with torch.no_grad():
+    with torch.no_grad(), _as_timed(case):
         call(*inputs)
-    return _cuda_peak(call, inputs) if case.device == "cuda" else observe.peak_allocated(call, inputs)
+        return _cuda_peak(call, inputs) if case.device == "cuda" else observe.peak_allocated(call, inputs)
 
 
-@torch.no_grad()
+def _as_timed(case: Case) -> AbstractContextManager[object]:
+    """What compiled modules are called in, as when they are timed: in another mode torch compiles them again."""
+    return torch.inference_mode() if case.mode != "eager" else nullcontext()
+
+
 def _cuda_peak(call: Callable[..., object], inputs: tuple[Any, ...]) -> int:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

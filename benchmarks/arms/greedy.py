@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import permutations
+from itertools import combinations
 
 __all__ = ["greedy_order"]
 
@@ -67,10 +67,11 @@ def _successors(
     """The nodes that can follow each, and the channels that each of them adds."""
     sizes = _block_sizes(sets, block_of)
     after: dict[int, dict[int, int]] = {node: {} for node in nodes}
-    for node, other in permutations(nodes, 2):
-        shared = sets[node] & sets[other]
+    for one, other in combinations(nodes, 2):
+        shared = sets[one] & sets[other]
         if _follows(shared, sizes, block_of):
-            after[node][other] = len(sets[other]) - len(shared)
+            after[one][other] = len(sets[other]) - len(shared)
+            after[other][one] = len(sets[one]) - len(shared)
     return after
 
 
@@ -98,7 +99,7 @@ def _block_sizes(sets: Sequence[Channels], block_of: Mapping[int, int]) -> dict[
 
 def _follows(channels: Channels, sizes: Mapping[int, int], block_of: Mapping[int, int]) -> bool:
     """Whether consumers that share these channels can follow each other: of all blocks but the first one the whole."""
-    shared = Counter(block_of[channel] for channel in channels)
+    shared = Counter(map(block_of.__getitem__, channels))
     return bool(shared) and all(shared[block] == sizes[block] for block in sorted(shared)[1:])
 
 
