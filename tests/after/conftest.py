@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
 
 import chanopt
 from benchmarks import zoo
@@ -34,6 +35,12 @@ class Slim:
     def inputs(self, batch: int) -> Tensor:
         """Images; shape (batch, 3, 64, 64)."""
         return zoo.example_inputs(self.name, batch, 64, seed=batch)[0]
+
+    @functools.cached_property
+    def exported(self) -> ExportedProgram:
+        """By torch.export, of an open batch; tests must not change it."""
+        batch = Dim("batch", min=1, max=65535)
+        return export(self.fast, (self.inputs(2),), dynamic_shapes=({0: batch},), strict=False)
 
 
 @functools.cache
