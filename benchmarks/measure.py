@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -97,6 +97,13 @@ def measure(name: str, setting: Setting, resolution: int | None = None) -> Row:
         known |= {"status": "error", "exception": describe(error)}
     row = Row(**known)
     return replace(row, violations=violations(row))
+
+
+def one_by_one() -> Sequence[Any]:
+    """The default passes, with all segments solved in this process: where others run beside it, or are timed apart."""
+    from chanopt.passes import DEFAULT, OrderChannels
+
+    return [replace(step, processes=1) if isinstance(step, OrderChannels) else step for step in DEFAULT]
 
 
 def describe(error: BaseException, limit: int = 400) -> str:

@@ -19,7 +19,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import cases, jobs
+from benchmarks.measure import one_by_one
 from chanopt.torchvision_shim import ensure_torchvision
 
 OUT = jobs.MINE / "scale.json"
@@ -105,7 +105,6 @@ def measure(family: str, size: int) -> dict[str, Any]:
     """
     import chanopt
     from benchmarks.masks import mask
-    from chanopt.passes import DEFAULT, OrderChannels
 
     build, _ = FAMILIES[family]
     torch.manual_seed(0)
@@ -119,8 +118,7 @@ def measure(family: str, size: int) -> dict[str, Any]:
     _forget_peak()
     before = _peak()
     program = chanopt.lower(captured)
-    one_by_one = [replace(p, processes=1) if isinstance(p, OrderChannels) else p for p in DEFAULT]
-    report = chanopt.explain(chanopt.optimize(captured, pipeline=one_by_one))
+    report = chanopt.explain(chanopt.optimize(captured, pipeline=one_by_one()))
     solver = sum(segment.seconds for segment in report.segments)
     return {
         "family": family,

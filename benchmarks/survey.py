@@ -26,7 +26,7 @@ import chanopt
 from benchmarks import cases, jobs, peers, zoo
 from benchmarks.arms import Copies, plans
 from benchmarks.masks import Side, mask
-from benchmarks.measure import describe
+from benchmarks.measure import describe, one_by_one
 from chanopt.analysis.figures import figures
 
 SIDES: tuple[Side, ...] = ("input", "output")
@@ -100,7 +100,7 @@ def _plans(captured: Any, failed: str) -> dict[str, Any]:
 
 def _chanopt(captured: Any, model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
     try:
-        fast = chanopt.optimize(captured) if captured is not None else chanopt.optimize(model, inputs)
+        fast = chanopt.optimize(captured or model, () if captured else inputs, pipeline=one_by_one())
     # The question of the survey is what runs, so whatever raises is recorded.
     except Exception as error:  # noqa: BLE001
         return {"chanopt": None, "exception": describe(error, limit=160)}
