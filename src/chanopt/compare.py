@@ -43,7 +43,8 @@ def verify(
         The greatest relative error seen.
 
     Raises:
-        VerifyError: an output is past the tolerance, not finite where the reference is, or of another shape.
+        VerifyError: an output, or an input that is written into, is past the tolerance, not finite where the reference
+            is, or of another shape.
     """
     if trials < 0:
         raise VerifyError(f"expected a number of fresh inputs, found trials={trials}")
@@ -56,14 +57,16 @@ def verify(
         inputs = pytree.tree_map(lambda leaf, trial=trial: _like(leaf, generator, trial), (args, dict(kwargs or {})))
         with torch.no_grad():
             expected, found = (_called(module, *inputs) for module in (reference, candidate))
-        worst = max(worst, _compared(expected, found, allowed, trial))
+        for what, a, b in zip(("output", "input"), expected, found, strict=True):
+            worst = max(worst, _compared(what, a, b, allowed, trial))
     return worst
 
 
-def _called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The module's outputs on copies of the inputs: a model may write over what it is given."""
+def _called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
+    """The module's outputs on copies of the inputs, and what these hold then: a model may write into them."""
     own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
-    return module(*own[0], **own[1])
+    outputs = module(*own[0], **own[1])
+    return outputs, [leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, torch.Tensor)]
 
 
 def _tolerance(module: nn.Module) -> float:
@@ -101,24 +104,24 @@ def _like(leaf: Any, generator: torch.Generator, trial: int) -> Any:
     return fresh.copy_(noise * spread + example.mean())
 
 
-def _compared(expected: Any, found: Any, tolerance: float, trial: int) -> float:
+def _compared(what: str, expected: Any, found: Any, tolerance: float, trial: int) -> float:
     reference, spec = pytree.tree_flatten(expected)
     outputs, found_spec = pytree.tree_flatten(found)
     if len(reference) != len(outputs):
-        raise VerifyError(f"expected outputs of structure {spec}, found {found_spec}")
+        raise VerifyError(f"expected {what}s of structure {spec}, found {found_spec}")
     worst = 0.0
     for number, (a, b) in enumerate(zip(reference, outputs, strict=True)):
         if not isinstance(a, torch.Tensor):
             if a != b:
-                raise VerifyError(f"expected output {number} to be {a!r}, found {b!r}")
+                raise VerifyError(f"expected {what} {number} to be {a!r}, found {b!r}")
             continue
-        worst = max(worst, _error(a, b, number, trial, tolerance))
+        worst = max(worst, _error(f"{what} {number}", a, b, tolerance, trial))
     return worst
 
 
-def _error(a: torch.Tensor, b: torch.Tensor, number: int, trial: int, tolerance: float) -> float:
+def _error(what: str, a: torch.Tensor, b: torch.Tensor, tolerance: float, trial: int) -> float:
     if a.shape != b.shape:
-        raise VerifyError(f"expected output {number} of shape {tuple(a.shape)}, found {tuple(b.shape)}")
+        raise VerifyError(f"expected {what} of shape {tuple(a.shape)}, found {tuple(b.shape)}")
     if a.numel() == 0:
         return 0.0
     if not a.is_floating_point():
@@ -130,7 +133,7 @@ def _error(a: torch.Tensor, b: torch.Tensor, number: int, trial: int, tolerance:
     if not error <= tolerance:
         which = "the example inputs" if trial == 0 else f"fresh inputs {trial}"
         raise VerifyError(
-            f"expected output {number} within a relative error of {tolerance:g} on {which}, found {error:.3g}; "
+            f"expected {what} within a relative error of {tolerance:g} on {which}, found {error:.3g}; "
             "if the inputs have a fixed meaning (one-hot, sizes), pass trials=0"
         )
     return error

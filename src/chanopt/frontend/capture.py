@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection, export
+from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from chanopt.errors import CaptureError
@@ -154,14 +155,27 @@ def _functional(exported: ExportedProgram) -> fx.GraphModule:
         raise CaptureError(
             f"expected torch.export to make the graph functional, found {type(error).__name__}: {first_line(error)}"
         ) from error
-    mutated = sorted({*functional.graph_signature.buffers_to_mutate.values()})
-    if mutated:
-        raise CaptureError(
-            f"expected a model that changes no state in its forward, found that it writes {mutated[:3]}; "
-            "call model.eval(), or take the state out of the forward"
-        )
+    _require_pure(functional)
     assert isinstance(module, fx.GraphModule)
     return module
+
+
+def _require_pure(functional: ExportedProgram) -> None:
+    """The lowered program writes nothing. What a forward writes into its state or inputs, others may read."""
+    written: dict[OutputKind, list[str]] = {}
+    for spec in functional.graph_signature.output_specs:
+        written.setdefault(spec.kind, []).append(str(spec.target))
+    state = sorted(written.get(OutputKind.BUFFER_MUTATION, []) + written.get(OutputKind.PARAMETER_MUTATION, []))
+    if state:
+        raise CaptureError(
+            f"expected a model that changes no state in its forward, found that it writes {state[:3]}; "
+            "call model.eval(), or take the state out of the forward"
+        )
+    if inputs := written.get(OutputKind.USER_INPUT_MUTATION):
+        raise CaptureError(
+            f"expected a forward that leaves its inputs as they are, found that it writes into {inputs[:3]}; "
+            "let its first operators not be in place"
+        )
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ from chanopt.errors import CaptureError
 from chanopt.ir import Refusal
 from chanopt.report.report import Report, merged
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 Optimize = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], tuple[nn.Module, Report]]
 
 
@@ -40,7 +41,7 @@ def optimize_parts(
         CaptureError: the model does not run on the example inputs.
     """
     whole = copied(model)
-    calls = _recorded(whole, args, kwargs)
+    calls = _recorded(model, args, kwargs)
     reports: dict[str, Report] = {}
     refusals = [Refusal(type(model).__name__, "", "", str(error))]
     todo = [(name, child, whole) for name, child in whole.named_children()]
@@ -49,7 +50,7 @@ def optimize_parts(
         if not any(True for _ in module.parameters()):
             continue
         try:
-            fast, report = optimize(module, *_same_call(calls.get(module, []), name))
+            fast, report = optimize(module, *_same_call(calls.get(name, []), name))
         except CaptureError as reason:
             children = [(f"{name}.{child}", part, module) for child, part in module.named_children()]
             todo += children
@@ -69,32 +70,28 @@ def _keep_attributes(fast: nn.Module, module: nn.Module) -> None:
             setattr(fast, name, value)
 
 
-def _recorded(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """What every submodule is called with in a run of the model."""
-    calls: dict[nn.Module, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[Call]]:
+    """What every submodule is called with in a run of a copy on copies of the inputs: a forward may write into both."""
+    probe = copied(model)
+    calls: dict[nn.Module, list[Call]] = {}
 
     def record(module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         calls.setdefault(module, []).append((inputs, keywords))
 
-    hooks = [part.register_forward_pre_hook(record, with_kwargs=True) for part in model.modules()]
+    for part in probe.modules():
+        part.register_forward_pre_hook(record, with_kwargs=True)
+    own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, dict(kwargs)))
     try:
         with torch.no_grad():
-            model(*args, **kwargs)
+            probe(*own[0], **own[1])
     except Exception as error:
         raise CaptureError(
             f"expected {type(model).__name__} to run on the example inputs, found {type(error).__name__}: {error}"
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
+    return {name: calls.get(part, []) for name, part in probe.named_modules(remove_duplicate=False)}
 
 
-def _same_call(
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]], name: str
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _same_call(calls: list[Call], name: str) -> Call:
     if not calls:
         raise CaptureError(f"expected {name} to be called in forward, found no call")
     if len({str(_sizes(call)) for call in calls}) > 1:
