@@ -46,20 +46,22 @@ def _main(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in _OTHERS:
         return importlib.import_module(_OTHERS[words[0]]).main(words[1:])
-    if words and words[0] in COMMANDS:
-        name, *words = words
-    elif not words or words[0] not in ("-h", "--help"):
-        name = "all"
-    else:
+    if words and words[0] in ("-h", "--help"):
         print(_help())
         return 0
+    name = "all"
+    if words and not words[0].startswith("-"):
+        name, *words = words
+    if name not in COMMANDS:
+        raise SystemExit(f"expected a command, found {name!r}; there are: {', '.join({**COMMANDS, **_OTHERS})}")
     module = importlib.import_module("benchmarks.everything" if name == "all" else f"benchmarks.{name}")
     made = parser(name, module)
     args = made.parse_args(words)
-    written = () if getattr(args, "worker", None) else (("--out", args.out), ("--page", getattr(args, "page", None)))
-    for option, path in written:
+    written = () if getattr(args, "worker", None) else ("out", "page")
+    for option in written:
+        path = getattr(args, option, None)
         if path is not None and (told := _unwritable(path)):
-            made.error(f"argument {option}: {told}")
+            made.error(f"argument --{option}: {told}")
     from benchmarks.cases import CaseError
 
     try:
@@ -89,13 +91,17 @@ def _unwritable(path: Path) -> str:
     """Why a file cannot be written, found out before anything is measured; makes its folder."""
     if path.is_dir() or path.suffix in ("", ".csv", ".jsonl"):
         return f"expected the name of a file that is neither .csv nor .jsonl (those stand beside it), found {path}"
+    beside = [path.with_suffix(".jsonl"), path.with_suffix(".csv")]
+    if folders := [str(file) for file in beside if file.is_dir()]:
+        return f"expected to write files beside it, found a folder: {', '.join(folders)}"
+    there = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a"):
             pass
     except OSError as error:
         return str(error)
-    if not path.stat().st_size:
+    if not there:
         path.unlink()
     return ""
 

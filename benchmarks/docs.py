@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gate, jobs, run, scale, solver, survey, zoo
-from benchmarks.cases import Record
+from benchmarks.cases import CaseError, Record
 from benchmarks.grid import table
 from benchmarks.machine import told
 
@@ -31,14 +31,27 @@ HEADING = """# Results
 Written by `python -m benchmarks docs` from the JSON in [benchmarks/results](../benchmarks/results); do not edit.
 `python -m benchmarks` measures everything on this page again, but for the last two parts, and writes it;
 `python -m benchmarks page` makes one HTML page with plots of the same figures. The masks are written into seeded random
-weights (no pretrained weights): every ungrouped convolution loses the share of its input channels (or output channels,
-with their biases) that has the least Euclidean norm, whatever its neighbours lose."""
+weights (no pretrained weights): every ungrouped convolution loses the share of its input channels (but those of an
+image) or of its output channels (with their biases) that has the least Euclidean norm, whatever its neighbours lose."""
+
+ARMS = """Arms that compute the masked network: *dense*, as it is; *naive*, cut, with a copy in front of every masked
+layer; *greedy*, UPSCALE's order as we implement it; *upscale*, the exporter itself, which copies by index, and
+*upscale_runs*, which copies by concatenation, its default; *chanopt*. Others, to compare with: *unmasked*,
+`chanopt.optimize` of the network without masks; *constrained*, the largest share of channels, the same in all layers
+that have to agree, that costs no more multiplications than chanopt's result, made by chanopt; *torch_pruning*,
+Torch-Pruning's group pruner at the largest ratio that costs no more (it may cost some percent less: *MMACs dense*)."""
 
 
 def load(folder: Path, name: str) -> Any:
     """What a command left in a folder; None if it was not run."""
     path = folder / name
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        found = json.loads(path.read_text()) if path.exists() else None
+    except json.JSONDecodeError as error:
+        raise CaseError(f"expected results as JSON in {path}, found {error}; measure them again") from None
+    if isinstance(found, list) and not all(isinstance(row, dict) for row in found):
+        raise CaseError(f"expected rows in {path} as `python -m benchmarks` writes them, found others")
+    return found
 
 
 def markdown(folder: Path) -> str:
@@ -206,7 +219,7 @@ def network_line(row: Row) -> list[str]:
 def speed_part(rows: Rows) -> list[str]:
     """Latencies, ratios, and whether the copies seen are those planned."""
     records = [Record.of(row) for row in rows]
-    parts: list[str] = []
+    parts: list[str] = [ARMS]
     for conditions, part in by_conditions(records).items():
         parts += [f"### {conditions}", *_cautions(part), _latencies(part), *_verdicts(part)]
         parts += ["What the arms do:", _doings(part)]
@@ -327,18 +340,18 @@ def _verdicts(records: Sequence[Record]) -> list[str]:
     ours = [record for record in records if record.arm == "chanopt" and record.ratios]
     lines: list[str] = []
     for arm in dict.fromkeys(other for record in ours for other in record.ratios):
-        medians = {record.case.model: record.ratios[arm][1] for record in ours if arm in record.ratios}
+        medians = {name_of(record): record.ratios[arm][1] for record in ours if arm in record.ratios}
         slower = [model for model, median in medians.items() if median > 1]
         mean = statistics.geometric_mean(medians.values())
         lines.append(f"- against {arm}: geometric mean {mean:.3f}; slower on {', '.join(slower) or 'none'}")
-    lost = [f"- {r.case.model}, {r.arm}: {r.exception}" for r in records if r.status != "ok"]
+    lost = [f"- {name_of(r)}, {r.arm}: {r.exception}" for r in records if r.status != "ok"]
     told = "Medians with quartiles in brackets; ratios within a round, below 1: chanopt is faster."
     return [told, *lines, *_without_masks(records), *lost]
 
 
 def _without_masks(records: Sequence[Record]) -> list[str]:
     """What of the ratios needs no masks: the unmasked arm against the dense one, by their medians."""
-    medians = {(r.case.model, r.arm): r.latency_ms[1] for r in records if r.latency_ms is not None}
+    medians = {(name_of(r), r.arm): r.latency_ms[1] for r in records if r.latency_ms is not None}
     ratios = {
         model: medians[model, "unmasked"] / medians[model, "dense"]
         for model, arm in medians

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import docs, gate, jobs, page, run, scale, solver, speed, survey, sweep, zoo
+from benchmarks import cases, docs, gate, jobs, page, run, scale, solver, speed, survey, sweep, zoo
 from benchmarks.arms import ARMS
 from benchmarks.cases import Case, Mask
 
@@ -65,7 +65,9 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     made.add_argument("--smoke", action="store_true", help="a cut of every part")
     made.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    made.add_argument("--results", type=Path, help="folder for the JSON (default: benchmarks/results, or smoke in it)")
+    made.add_argument(
+        "--results", type=cases.folder, help="folder for the JSON (default: benchmarks/results, or smoke in it)"
+    )
     made.add_argument("--page", type=Path, help="where the HTML page goes (default: page.html among the JSON)")
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import jobs, sweep, zoo
+from benchmarks.cases import CaseError
 from benchmarks.masks import Setting, build_masked
 from benchmarks.measure import describe
 
@@ -61,7 +62,10 @@ def key(name: str, setting: Setting) -> str:
 
 def goldens(path: Path = GOLDENS) -> dict[str, dict[str, Any]]:
     """The committed counts by key; none if there is no file."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise CaseError(f"expected counts as JSON in {path}, found {error}") from None
 
 
 def differences(found: Mapping[str, Any], golden: Mapping[str, Any] | None) -> list[str]:
@@ -105,6 +109,7 @@ def main(args: argparse.Namespace) -> int:
             for setting in SETTINGS:
                 jobs.emit({"key": key(name, setting), "counts": _counts(name, setting)})
         return 0
+    goldens(args.out)  # that cannot be read is told before anything is measured
     # Named apart from the goldens, which --out may name: a run that is cut short must not touch them.
     path = jobs.RESULTS / "gate.jsonl"
     todo = [job(name) for name in models]

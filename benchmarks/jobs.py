@@ -197,12 +197,18 @@ def _finished(path: Path) -> dict[str, list[Line]]:
 
 def _line(text: str) -> Line | None:
     """A line of a file as its job wrote it; None if it is none."""
+    line = _object(text)
+    whole = line is not None and isinstance(line.get("job"), str) and "status" in line
+    return line if whole else None
+
+
+def _object(text: str) -> Line | None:
+    """A JSON object; None if a text is none: what a library prints, a line that was cut short."""
     try:
-        line: Any = json.loads(text)
+        found: Any = json.loads(text)
     except json.JSONDecodeError:
         return None
-    whole = isinstance(line, dict) and isinstance(line.get("job"), str) and "status" in line
-    return line if whole else None
+    return found if isinstance(found, dict) else None
 
 
 def _text(key: str, lines: Sequence[Line]) -> str:
@@ -249,7 +255,8 @@ def _run_one(job: Job, timeout: float, running: _Running) -> list[Line]:
             return [_failed(job, f"no answer within {timeout:g} s")]
         finally:
             running.processes.discard(process)
-    lines = [{"job": job.key, **json.loads(line)} for line in said.splitlines() if line.startswith("{")]
+    found = [_object(line) for line in said.splitlines()]
+    lines = [{"job": job.key, **line} for line in found if line is not None]
     if process.returncode:
         last = " ".join(complained.splitlines()[-3:])[-300:]
         lines.append(_failed(job, f"process ended with code {process.returncode}: {last}"))

@@ -148,7 +148,7 @@ def speed_part(rows: Sequence[Row]) -> Part:
     timed = [record for record in records if record.latency_ms]
     plots: list[Plot] = []
     for conditions, part in docs.by_conditions(timed).items():
-        models = list(dict.fromkeys(record.case.model for record in part))
+        models = list(dict.fromkeys(docs.name_of(record) for record in part))
         caption = f"Latency as a share of the masked network's: {conditions}"
         if any("dense" in record.ratios for record in part):
             plots.append(drawn(caption, _bars(part, models), (9.0, 1.2 + 0.5 * len(models))))
@@ -177,7 +177,9 @@ def _bars(records: Sequence[Record], models: Sequence[str]) -> Draw:
         height = 0.8 / max(1, len(arms))
         for number, arm in enumerate(arms):
             found = [
-                (models.index(r.case.model), r.ratios["dense"]) for r in records if r.arm == arm and "dense" in r.ratios
+                (models.index(docs.name_of(r)), r.ratios["dense"])
+                for r in records
+                if r.arm == arm and "dense" in r.ratios
             ]
             places = [place - 0.4 + (number + 0.5) * height for place, _ in found]
             medians = [median for _, (_, median, _) in found]

@@ -270,8 +270,10 @@ def finish(lines: Sequence[jobs.Line], out: Any) -> int:
 
 
 def differences(record: Record) -> str:
-    """What is wrong with a record, in words; "" if nothing is. An arm that cannot be made is not."""
-    if record.status != "ok" or record.case.device != "cpu":
+    """What is wrong with a record, in words; "" if nothing is. A peer that cannot be run is not; chanopt is."""
+    if record.status != "ok":
+        return record.exception if record.arm in ("dense", "chanopt") else ""
+    if record.case.device != "cpu":
         return ""
     exact = record.same_function and record.case.dtype in ("float32", "float64")
     if exact and record.error is not None and not record.error <= MAX_ERROR32:

@@ -60,6 +60,38 @@ def test_where_nothing_can_be_written_is_said_before_anything_is_measured(
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_an_empty_file_that_was_there_stays(called: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "x.json").touch()
+    assert command.main(["run", "--out", str(tmp_path / "x.json")]) == 3
+    assert (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv"])
+def test_a_folder_in_the_place_of_a_file_beside_it_is_told(
+    name: str, called: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit):
+        command.main(["run", "--out", str(tmp_path / "x.json")])
+    assert not called
+    assert f"found a folder: {tmp_path / name}" in capsys.readouterr().err
+
+
+def test_results_that_cannot_lie_where_they_are_asked_for_are_told(
+    called: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        command.main(["--smoke", "--results", str(tmp_path / "file")])
+    assert not called
+    assert "argument --results: " in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_told_with_those_that_there_are() -> None:
+    with pytest.raises(SystemExit, match="expected a command, found 'nosuch'; there are: all, run, survey, .*accuracy"):
+        command.main(["nosuch"])
+
+
 @pytest.mark.parametrize("name", ["docs", "page"])
 def test_pages_are_not_made_of_a_folder_that_is_not_there(name: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="expected a folder with results"):

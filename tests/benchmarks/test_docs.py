@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks import docs
-from benchmarks.cases import Case, Mask, Record
+from benchmarks.cases import Case, CaseError, Mask, Record
 
 
 def copies(count: int, megabytes: int) -> dict[str, int]:
@@ -103,6 +105,22 @@ def test_arms_that_ignore_masked_outputs_are_named_above_their_speed() -> None:
     assert "*naive* and *greedy* ignore masked outputs" in told(blind)
     assert "ignore masked outputs" not in told(record("greedy"))
     assert "ignore masked outputs" not in told(replace(blind, arm="dense"))
+
+
+def test_one_network_at_two_sizes_is_two_networks() -> None:
+    sizes = [replace(record("chanopt").case, resolution=size) for size in (224, 64)]
+    ours = [
+        record("chanopt", case=case, ratios={"dense": (ratio,) * 3})
+        for case, ratio in zip(sizes, (0.5, 2.0), strict=True)
+    ]
+    assert "against dense: geometric mean 1.000; slower on resnet18 at 64" in told(*ours)
+
+
+@pytest.mark.parametrize("text", ["[{", '["row"]'])
+def test_results_that_cannot_be_read_are_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(CaseError, match=r"expected (results|rows) .*in .*run\.json"):
+        docs.markdown(tmp_path)
 
 
 def test_objectives_and_bounds_of_timed_networks_are_shown() -> None:

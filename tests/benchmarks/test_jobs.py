@@ -25,6 +25,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "import json, sys, time\n"
         "what, *rest = sys.argv[1:]\n"
         "print('not a line of the result')\n"
+        "print('{a line that is cut')\n"
         "print(json.dumps({'status': 'ok', 'what': what}))\n"
         "sys.exit('out of luck') if what == 'dies' else time.sleep(60 if what == 'hangs' else 0)\n"
     )

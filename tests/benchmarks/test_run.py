@@ -88,6 +88,8 @@ def test_an_arm_that_cannot_be_made_is_a_record_too() -> None:
         ({"error": 1e-3}, "outputs differ by 1.0e-03"),
         ({"error": 1e-3, "same_function": False}, ""),
         ({"agree": False, "case": replace(CASE, device="cuda")}, ""),
+        ({"arm": "chanopt", "status": "error", "exception": "broken"}, "broken"),
+        ({"arm": "upscale", "status": "error", "exception": "not installed"}, ""),
     ],
 )
 def test_a_plan_that_is_not_what_happened_is_told(changes: dict[str, Any], said: str, records: list[Record]) -> None:
