@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.nn.utils import prune
@@ -147,6 +148,32 @@ def test_the_result_trains(pair: tuple[Any, Any]) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [{}, {"a": chanopt.Mask(outputs=[0, 1])}, {"b": chanopt.Mask(inputs=[0, 1])}],
+    ids=["zeros", "outputs", "inputs"],
+)
+def test_frozen_parameters_stay_frozen(masks: dict[str, chanopt.Mask]) -> None:
+    """What takes in a batch norm too: a bias that is new trains if the weight beside it does."""
+    norm = nn.BatchNorm2d(8)
+    net = randomise(
+        Net(
+            lambda n, x: n.c(n.b(F.relu(n.norm(n.a(x))))),
+            a=conv(3, 8, 3, bias=False),
+            norm=norm,
+            b=conv(8, 6),
+            c=conv(6, 4),
+        )
+    )
+    net.eval()
+    for part in (net.get_submodule("a"), norm, net.get_submodule("c")):
+        part.requires_grad_(False)
+    fast = chanopt.optimize(net, image()(2, torch.float32, 0), masks=masks or None)
+    trained = {name for name, parameter in fast.named_parameters() if parameter.requires_grad}
+    assert trained == {"b.weight", "b.bias"}
+    assert {"a.weight", "a.bias", "c.weight", "c.bias"} <= dict(fast.named_parameters()).keys()
 
 
 def test_a_deep_copy_is_independent(pair: tuple[Any, Any]) -> None:

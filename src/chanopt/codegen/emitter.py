@@ -32,6 +32,7 @@ from chanopt.ir import (
     physical_read,
     physical_reads,
 )
+from chanopt.ir.edit import is_frozen
 from chanopt.kernels import GROUP, Packed, pack
 
 aten = torch.ops.aten
@@ -351,7 +352,8 @@ class _Emitter:
         if buffer or not tensor.is_floating_point():
             owner.register_buffer(leaf, tensor)
         else:
-            owner.register_parameter(leaf, nn.Parameter(tensor))
+            frozen = is_frozen(self.program.weights.get(name))
+            owner.register_parameter(leaf, nn.Parameter(tensor, requires_grad=not frozen))
         return self.graph.get_attr(full)
 
 

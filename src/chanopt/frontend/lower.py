@@ -34,6 +34,7 @@ from chanopt.ir import (
     Value,
     map_leaves,
 )
+from chanopt.ir.edit import as_trained
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,7 +374,7 @@ def lower_captured(captured: Captured, rules: Mapping[str, Rule], *, strict: boo
     program = Program(
         tuple(lowering.ops),
         values,
-        {name: tensor.detach() for name, tensor in lowering.weights.items()},
+        dict(lowering.weights),
         interface,
         captured.batch,
         tuple(dict.fromkeys(lowering.refusals)),
@@ -552,7 +553,7 @@ def _attribute(graph: fx.GraphModule, name: str) -> Const:
             f"expected {name} to be a tensor, found a {type(owner).__name__}; "
             "control flow inside the model is not supported"
         )
-    return Const(name, owner.detach(), not isinstance(owner, torch.nn.Parameter))
+    return Const(name, as_trained(owner.detach(), owner), not isinstance(owner, torch.nn.Parameter))
 
 
 def _touches(call: Call) -> bool:

@@ -13,6 +13,7 @@ import torch
 from chanopt.analysis.weights import weight_param
 from chanopt.errors import MaskError
 from chanopt.ir import Kind, Op, Param, Program
+from chanopt.ir.edit import as_trained
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,11 @@ def _zero(op: Op, program: Program, mask: Mask, weights: dict[str, torch.Tensor]
         dead = _dropped(mask.outputs, result, f"output channels of {op.layer}")
         tensor.index_fill_(param.out, dead, 0)
         if isinstance(op.args[2], Param):
-            weights[op.args[2].name] = weights[op.args[2].name].detach().clone().index_fill_(0, dead, 0)
+            bias = weights[op.args[2].name]
+            weights[op.args[2].name] = as_trained(bias.detach().clone().index_fill_(0, dead, 0), bias)
     if mask.inputs is not None:
         _zero_inputs(op, param, tensor, _dropped(mask.inputs, operand, f"input channels of {op.layer}"))
-    weights[param.name] = tensor
+    weights[param.name] = as_trained(tensor, weights[param.name])
 
 
 def _zero_inputs(op: Op, param: Param, tensor: torch.Tensor, dead: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from chanopt.ir.program import Op, Param, Program
 
@@ -39,7 +40,7 @@ class WeightEdits:
             return self._with(op, 2, replace(bias, name=self._store(bias.name, tensor)))
         stem = weight.name.removesuffix("weight")
         name = f"{stem}bias" if stem != weight.name else f"{weight.name}_bias"
-        return self._with(op, 2, Param(self.add(name, tensor), out=0))
+        return self._with(op, 2, Param(self.add(name, as_trained(tensor, like)), out=0))
 
     def add(self, name: str, tensor: torch.Tensor) -> str:
         """A new parameter; returns its name, with a number added if that is taken."""
@@ -53,10 +54,20 @@ class WeightEdits:
     def _store(self, name: str, tensor: torch.Tensor) -> str:
         if self._users[name] > 1:
             self._users[name] -= 1
-            return self.add(name, tensor)
-        self.tensors[name] = tensor
+            return self.add(name, as_trained(tensor, self.tensors[name]))
+        self.tensors[name] = as_trained(tensor, self.tensors[name])
         return name
 
     @staticmethod
     def _with(op: Op, position: int, arg: Param) -> Op:
         return replace(op, args=(*op.args[:position], arg, *op.args[position + 1 :]))
+
+
+def is_frozen(tensor: torch.Tensor | None) -> bool:
+    """Whether a tensor is a parameter that the user has taken out of training."""
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+
+
+def as_trained(tensor: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """A tensor that takes the place of another: frozen, if that was."""
+    return nn.Parameter(tensor, requires_grad=False) if is_frozen(old) else tensor
