@@ -14,23 +14,17 @@ Self-contained: inline SVG, no script, nothing from the network. Needs the extra
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
 import io
 import itertools
-import json
-import math
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from benchmarks import cases, docs, jobs, run, scale, solver, survey
-from benchmarks.cases import Mask, Record
-from benchmarks.masks import Side
+from benchmarks import accuracy_given, docs, jobs, run, scale, solver, survey
+from benchmarks.cases import Record
 
 OUT = jobs.RESULTS / "page.html"
 TEMPLATE = Path(__file__).resolve().parent / "page.html.jinja"
@@ -52,7 +46,6 @@ _FAMILY_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4
 Row = Mapping[str, Any]
 Draw = Callable[[Any], None]
 Point = tuple[float, float]
-Key = tuple[str, Mask, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,130 +308,9 @@ def scale_part(rows: Sequence[Row]) -> Part:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
-    """A line of a CSV file of accuracies.
-
-    Attributes:
-        line: its number in the file.
-        model, mask, arm: what the accuracy is of.
-        latency_ms: the median that the file has for it; None if it has none.
-    """
-
-    line: int
-    model: str
-    mask: Mask
-    arm: str
-    accuracy: float
-    latency_ms: float | None = None
-
-    @property
-    def key(self) -> Key:
-        """What the accuracy is of."""
-        return self.model, self.mask, self.arm
-
-    def __str__(self) -> str:
-        return f"line {self.line} ({self.model}, {self.mask}, {self.arm})"
-
-
-_NEEDED = ("accuracy", "amount", "arm", "model")
-_OWN = {"net", "amount", "arm", "accuracy", "latency_ms"}
-"""Columns of what `python -m benchmarks accuracy` writes: its networks and arms are not those that `run` times."""
-
-
-def given(path: Path) -> tuple[list[Given], bool]:
-    """What a CSV file of accuracies has, and whether it brings its own latencies.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a column is missing, a cell means nothing, or two lines tell two accuracies of the same.
-    """
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        heads, cells = list(reader.fieldnames or ()), [(reader.line_num, row) for row in reader]
-    own = set(heads) >= _OWN
-    if not own and not set(heads) >= {*_NEEDED}:
-        raise ValueError(
-            f"{path}: expected the columns {', '.join(_NEEDED)}, found {', '.join(heads) or 'none'}: name them so, "
-            "or give the accuracy.csv that python -m benchmarks accuracy writes"
-        )
-    found = [_given(path, line, row, own=own) for line, row in cells]
-    if not own:
-        _check_told_once(path, found)
-    return found, own
-
-
-def _check_told_once(path: Path, lines: Iterable[Given]) -> None:
-    known: dict[Key, Given] = {}
-    for line in lines:
-        before = known.setdefault(line.key, line)
-        if before.accuracy != line.accuracy:
-            raise ValueError(f"{path}, {line}: expected one accuracy, found {before.accuracy:g} and {line.accuracy:g}")
-
-
-def _given(path: Path, line: int, row: Mapping[str, Any], *, own: bool) -> Given:
-    try:
-        mask = Mask(amount=cases.amount(row["amount"] or "")) if own else _mask(row)
-        spread = json.loads(row["latency_ms"]) if own and row["latency_ms"] else None
-        model = row["net" if own else "model"]
-        return Given(line, model, mask, row["arm"], _number(row["accuracy"]), spread[1] if spread else None)
-    except (ValueError, TypeError, LookupError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"{path}, line {line}: {error}") from None
-
-
-def _mask(row: Mapping[str, Any]) -> Mask:
-    """The mask that a line describes; what it does not say is as `run` does it by default."""
-    words: dict[str, Any] = {name: row[name] for name in ("side", "criterion", "scope") if row.get(name)}
-    for name, known in (("side", get_args(Side)), ("criterion", cases.CRITERIA), ("scope", cases.SCOPES)):
-        if words.get(name, known[0]) not in known:
-            raise ValueError(f"expected a {name} among {', '.join(known)}, found {words[name]!r}")
-    seed = cases.at_least(0)(row["seed"]) if row.get("seed") else 0
-    return _plain(Mask(amount=cases.amount(row["amount"] or ""), seed=seed, **words))
-
-
-def _plain(mask: Mask) -> Mask:
-    """A mask without what does not matter: only a random choice has a seed."""
-    return mask if mask.criterion == "random" else replace(mask, seed=0)
-
-
-def _number(text: str | None) -> float:
-    with contextlib.suppress(ValueError):
-        if text and math.isfinite(float(text)):
-            return float(text)
-    raise ValueError(f"expected an accuracy as a number, as in 0.71, found {text!r}")
-
-
-def with_accuracy(rows: Sequence[Row], path: Path | None) -> list[dict[str, Any]]:
-    """Records with the accuracies that a CSV file has for their networks, masks and arms.
-
-    Standard error tells which lines of the file are of none of the records.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is not as `given` expects it.
-    """
-    lines, own = given(path) if path else ([], False)
-    if own or not lines:
-        return [dict(row) for row in rows]
-    known = {line.key: line for line in lines}
-    records = [Record.of(row) for row in rows]
-    keys = [(r.case.model, _plain(r.case.mask), r.arm) for r in records]
-    if strange := [str(line) for key, line in known.items() if key not in keys]:
-        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
-        print(
-            f"{path}: expected networks, masks and arms that were timed, found others, which are left out: "
-            f"{'; '.join(strange[:5])}{more}",
-            file=sys.stderr,
-        )
-    return [
-        replace(record, accuracy=known[key].accuracy if key in known else record.accuracy).to_dict()
-        for record, key in zip(records, keys, strict=True)
-    ]
-
-
 def accuracy_part(path: Path | None) -> Part | None:
     """Pareto fronts of a CSV file that has latencies of its own, a plot a network; None of another file."""
-    lines, own = given(path) if path else ([], False)
+    lines, own = accuracy_given.read(path) if path else ([], False)
     if not own:
         return None
     by_model: dict[str, dict[str, list[Point]]] = {}
@@ -456,7 +328,7 @@ def html(folder: Path, accuracy: Path | None = None) -> str:
     speed = docs.load(folder, run.OUT.name)
     found: list[tuple[str, Any, Callable[[Any], Part], str]] = [
         ("Copies, against UPSCALE", docs.load(folder, survey.OUT.name), copies_part, "survey"),
-        ("Speed", with_accuracy(speed or [], accuracy), speed_part, "speed"),
+        ("Speed", accuracy_given.added(speed or [], accuracy), speed_part, "speed"),
         ("Orders of channels", docs.load(folder, solver.OUT.name), solver_part, "solver"),
         ("Compile time and memory", docs.load(folder, scale.OUT.name), scale_part, "scale"),
     ]
@@ -472,25 +344,15 @@ def html(folder: Path, accuracy: Path | None = None) -> str:
     return environment.from_string(TEMPLATE.read_text()).render(title="chanopt: benchmarks", about=about, parts=parts)
 
 
-def accuracy_file(text: str) -> Path:
-    """Parse the name of a CSV file of accuracies, for command lines: it is read before anything is written."""
-    path = Path(text)
-    try:
-        given(path)
-    except (OSError, ValueError, csv.Error) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return path
-
-
 def add_arguments(made: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
     made.add_argument("--results", type=Path, default=jobs.RESULTS, help="where the JSON is")
     made.add_argument(
         "--accuracy",
-        type=accuracy_file,
+        type=accuracy_given.file,
         metavar="CSV",
-        help=f"columns {', '.join(_NEEDED)}; also side, criterion, scope, seed if masks are not the default ones; or "
-        "what python -m benchmarks accuracy writes",
+        help=f"columns {', '.join(accuracy_given.NEEDED)}; also side, criterion, scope, seed if masks are not the "
+        "default ones; or what python -m benchmarks accuracy writes",
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import docs, gate, page, solver
+from benchmarks import accuracy_given, docs, gate, page, solver
 from benchmarks.cases import Case, Mask, Record
 
 VOID = {"meta", "link", "br", "hr", "img", "path", "use", "rect", "line", "circle"}
@@ -202,13 +202,13 @@ def test_accuracies_that_are_given_add_a_pareto_front(folder: Path, tmp_path: Pa
     given = tmp_path / "accuracy.csv"
     given.write_text("model,amount,arm,accuracy\nresnet18,0.5,chanopt,0.7\nresnet18,0.7,chanopt,0.6\n")
     assert "Accuracy and latency: resnet18" in page.html(folder, given)
-    rows = page.with_accuracy([r.to_dict() for r in SPEED], given)
+    rows = accuracy_given.added([r.to_dict() for r in SPEED], given)
     assert [row["accuracy"] for row in rows] == [None, 0.7, None, 0.6]
     given.write_text("model,amount,arm,accuracy\nresnet18,0.5,chanopt,0.0\n")
     assert "Accuracy and latency: resnet18" in page.html(folder, given)
     given.write_text("network,accuracy\nresnet18,0.7\n")
     with pytest.raises(ValueError, match="expected the columns accuracy, amount, arm, model, found network, accuracy"):
-        page.with_accuracy([r.to_dict() for r in SPEED], given)
+        accuracy_given.added([r.to_dict() for r in SPEED], given)
 
 
 def test_an_accuracy_goes_to_its_own_mask_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,17 +216,17 @@ def test_an_accuracy_goes_to_its_own_mask_alone(tmp_path: Path, capsys: pytest.C
     rows = [replace(SPEED[1], case=Case("resnet18", mask)).to_dict() for mask in masks]
     given = tmp_path / "accuracy.csv"
     given.write_text("model,amount,arm,accuracy\nresnet18,0.5,chanopt,0.7\n")
-    assert [row["accuracy"] for row in page.with_accuracy(rows, given)] == [0.7, None, None, None, None]
+    assert [row["accuracy"] for row in accuracy_given.added(rows, given)] == [0.7, None, None, None, None]
     heads = "model,amount,arm,accuracy,side,criterion,scope,seed\n"
     given.write_text(heads + "resnet18,0.5,chanopt,0.6,output,,,7\nresnet18,0.5,chanopt,0.5,input,random,local,2\n")
-    assert [row["accuracy"] for row in page.with_accuracy(rows, given)] == [None, 0.6, None, None, 0.5]
+    assert [row["accuracy"] for row in accuracy_given.added(rows, given)] == [None, 0.6, None, None, 0.5]
     assert capsys.readouterr().err == ""
 
 
 def test_accuracies_of_what_was_not_timed_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = tmp_path / "accuracy.csv"
     given.write_text("model,amount,arm,accuracy\nresnet19,0.5,chanopt,0.7\nresnet18,0.5,ours,0.7\n")
-    page.with_accuracy([r.to_dict() for r in SPEED], given)
+    accuracy_given.added([r.to_dict() for r in SPEED], given)
     told = capsys.readouterr().err
     assert "line 2 (resnet19, input 50% l2 local, chanopt); line 3 (resnet18, input 50% l2 local, ours)" in told
 
@@ -245,7 +245,7 @@ def test_cells_that_mean_nothing_are_refused(cells: str, said: str, tmp_path: Pa
     path = tmp_path / "accuracy.csv"
     path.write_text(f"model,amount,arm,accuracy,side\n{cells}\n")
     with pytest.raises(ArgumentTypeError, match=said):
-        page.accuracy_file(str(path))
+        accuracy_given.file(str(path))
 
 
 def test_what_the_accuracy_benchmark_writes_is_shown_with_its_own_latencies(
@@ -254,7 +254,7 @@ def test_what_the_accuracy_benchmark_writes_is_shown_with_its_own_latencies(
     path = tmp_path / "accuracy.csv"
     lines = ['resnet,0,dense,0.0,0.9,"[1, 2, 3]"', 'resnet,0,smcp,0.5,0.8,"[1, 1.5, 3]"', "resnet,0,agp,0.5,0.8,"]
     path.write_text("\n".join(["net,seed,arm,amount,accuracy,latency_ms", *lines]) + "\n")
-    assert [line.latency_ms for line in page.given(page.accuracy_file(str(path)))[0]] == [2, 1.5, None]
+    assert [line.latency_ms for line in accuracy_given.read(accuracy_given.file(str(path)))[0]] == [2, 1.5, None]
     text = page.html(tmp_path, path)
     assert "Accuracy and latency, as given: resnet" in text
     assert "<!-- smcp -->" in text
