@@ -47,8 +47,13 @@ _LOWERED = _operators("batch_norm flatten.using_ints reshape contiguous chunk to
 """Composites that torch takes apart, as they may answer their operand's memory, and that lowering takes whole."""
 
 _SAME = _operators("alias detach detach_")
+"""Answer their operand, outside autograd."""
+
 _CONVERSIONS = _operators("to.dtype type_as")
+"""Answer their operand if it has the type already, else a copy."""
+
 _DROPOUTS = _operators("dropout dropout_ feature_dropout feature_dropout_ alpha_dropout alpha_dropout_")
+"""Answer their operand where `train`, their third argument, is off."""
 
 
 def out_of_place(module: fx.GraphModule) -> fx.GraphModule | None:
