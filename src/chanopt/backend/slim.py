@@ -210,7 +210,6 @@ class SlimGraph:
         started = time.perf_counter()
         fragment = reattach(self._graph, inputs, self._autocast)
         captured = replace(capture(_exported(fragment), fragment.examples), name=self.name)
-        _require_inputs_kept(captured.graph)
         drop_own_lines(captured.graph)
         release(node.meta.get("val") for node in captured.graph.graph.nodes)
         baked, numbers = zip(*fragment.numbers, strict=True) if fragment.numbers else ((), ())
@@ -277,16 +276,6 @@ def _exported(fragment: Fragment) -> ExportedProgram:
         raise CaptureError(
             f"expected torch.export to capture Dynamo's graph, found {type(error).__name__}: {first[:200]}"
         ) from error
-
-
-def _require_inputs_kept(graph: fx.GraphModule) -> None:
-    """Refuse a graph that writes over its inputs: only outputs are kept on the way through the IR."""
-    for node in graph.graph.nodes:
-        if node.target is torch.ops.aten.copy_.default and getattr(node.args[0], "op", "") == "placeholder":
-            raise CaptureError(
-                f"expected a graph that leaves its inputs as they are, "
-                f"found that it writes over its input {node.args[0]}"
-            )
 
 
 def _put(graph: fx.GraphModule, names: Sequence[str], weights: Sequence[Tensor]) -> None:
