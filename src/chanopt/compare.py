@@ -64,7 +64,7 @@ def verify(
 
 def _called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[torch.Tensor]]:
     """The module's outputs on copies of the inputs, and what these hold then: a model may write into them."""
-    own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs))
+    own = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     outputs = module(*own[0], **own[1])
     return outputs, [leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, torch.Tensor)]
 

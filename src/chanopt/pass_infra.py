@@ -62,9 +62,9 @@ class PassResult:
     @cached_property
     def figures(self) -> Mapping[str, tuple[int, int]]:
         """What changed, as ``{name: (before, after)}``; counted when first asked for."""
-        return (
-            _changes(figures(self.before), figures(self.program)) if self.modified and self.before is not None else {}
-        )
+        if self.before is None or not self.modified:
+            return {}
+        return _changes(figures(self.before), figures(self.program))
 
 
 class Pass(ABC):

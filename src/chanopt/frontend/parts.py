@@ -80,7 +80,7 @@ def _recorded(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
     for part in probe.modules():
         part.register_forward_pre_hook(record, with_kwargs=True)
-    own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, (args, dict(kwargs)))
+    own = pytree.tree_map_only(torch.Tensor, torch.clone, (args, dict(kwargs)))
     try:
         with torch.no_grad():
             probe(*own[0], **own[1])
