@@ -176,6 +176,23 @@ def test_frozen_parameters_stay_frozen(masks: dict[str, chanopt.Mask]) -> None:
     assert {"a.weight", "a.bias", "c.weight", "c.bias"} <= dict(fast.named_parameters()).keys()
 
 
+@pytest.mark.parametrize("product", [lambda x, w, b: x @ w, lambda x, w, b: torch.addmm(b, x, w)], ids=["mm", "addmm"])
+def test_frozen_matrices_stay_frozen(product: Any) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.bias = nn.Linear(6, 5), nn.Parameter(torch.randn(4))
+            self.weight = nn.Parameter(torch.randn(5, 4), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return product(F.relu(self.layer(x)), self.weight, self.bias)
+
+    fast = chanopt.optimize(Product().eval(), (torch.randn(3, 6),))
+    found = {name: parameter.requires_grad for name, parameter in fast.named_parameters()}
+    assert [name for name, trained in found.items() if not trained] == ["weight_T"]
+    assert found["layer.weight"]
+
+
 def test_a_deep_copy_is_independent(pair: tuple[Any, Any]) -> None:
     net, fast = pair
     twin = copy.deepcopy(fast)

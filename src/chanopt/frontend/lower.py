@@ -45,6 +45,10 @@ class Const:
     tensor: torch.Tensor
     buffer: bool = False
 
+    def transposed(self) -> Const:
+        """A matrix with rows and columns exchanged, under a name of its own."""
+        return Const(f"{self.name}_T", as_trained(self.tensor.t().contiguous(), self.tensor), self.buffer)
+
 
 @dataclass(frozen=True, eq=False)
 class Scalar:

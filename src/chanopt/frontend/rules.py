@@ -104,8 +104,7 @@ def product(low: Lowering, call: Call) -> Made:
     x, weight = call.args
     if not (isinstance(weight, Const) and weight.tensor.ndim == 2 and not isinstance(x, Const)):
         return Refused("a product of two activations reads whole rows")
-    turned = Const(f"{weight.name}_T", weight.tensor.t().contiguous(), weight.buffer)
-    return linear(low, replace(call, target="aten.linear.default", args=(x, turned, None)))
+    return linear(low, replace(call, target="aten.linear.default", args=(x, weight.transposed(), None)))
 
 
 def bias_product(low: Lowering, call: Call) -> Made:
@@ -114,8 +113,7 @@ def bias_product(low: Lowering, call: Call) -> Made:
     plain = all(call.kwargs.get(name, 1) == 1 for name in ("alpha", "beta"))
     if not (isinstance(weight, Const) and isinstance(bias, Const) and bias.tensor.ndim == 1 and plain):
         return Refused("a product of two activations reads whole rows")
-    turned = Const(f"{weight.name}_T", weight.tensor.t().contiguous(), weight.buffer)
-    return linear(low, replace(call, target="aten.linear.default", args=(x, turned, bias), kwargs={}))
+    return linear(low, replace(call, target="aten.linear.default", args=(x, weight.transposed(), bias), kwargs={}))
 
 
 # -- maps and joins -------------------------------------------------------------------------------------------------
