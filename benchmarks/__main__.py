@@ -1,6 +1,6 @@
 """`python -m benchmarks`: where chanopt stands against what a user could pick instead.
 
-python -m benchmarks                 # everything that docs/results.md shows; 51 minutes on two cores
+python -m benchmarks                 # everything that docs/results.md shows; less than an hour on two cores
 python -m benchmarks --smoke         # a cut of every part, within three minutes
 python -m benchmarks COMMAND ...     # one part; --help tells its arguments
 """

@@ -1,6 +1,6 @@
 """Everything that docs/results.md shows, measured again: survey, speed, solver, scale, counts; then the pages.
 
-python -m benchmarks                 # 51 minutes on two cores
+python -m benchmarks                 # less than an hour on two cores
 python -m benchmarks --smoke         # a cut of every part, within three minutes, to benchmarks/results/smoke
 python -m benchmarks --resume        # go on after an interruption
 python -m benchmarks --parts survey  # one part again; the pages are of what is there
