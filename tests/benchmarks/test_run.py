@@ -47,6 +47,20 @@ def test_every_arm_gives_a_record_with_everything_in_it(records: list[Record]) -
     assert set(ours.seconds) == {"capture", "make"}
 
 
+def test_a_compiled_arm_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at it and timing it call it in the same mode: torch compiles for each anew."""
+    graphs: list[Any] = []
+
+    def counting(graph: Any, examples: Any) -> Any:
+        graphs.append(examples)
+        return graph
+
+    monkeypatch.setattr(run, "_compiled", lambda module, case: torch.compile(module, backend=counting, dynamic=False))
+    (record,) = run.run(replace(CASE, mode="inductor"), ["dense"], rounds=2)
+    assert (record.status, record.rounds) == ("ok", 2)
+    assert len(graphs) == 1
+
+
 def test_ratios_are_the_inverse_of_one_another(records: list[Record]) -> None:
     dense, _, ours, _ = records
     low, _, high = ours.ratios["dense"]
