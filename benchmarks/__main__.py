@@ -63,10 +63,11 @@ def _main(arguments: Sequence[str] | None) -> int:
         if path is not None and (told := _unwritable(path)):
             made.error(f"argument --{option}: {told}")
     from benchmarks.cases import CaseError
+    from benchmarks.jobs import UnreadableError
 
     try:
         return module.main(args)
-    except CaseError as error:
+    except (CaseError, UnreadableError) as error:
         made.error(str(error))
 
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import gate, jobs, run, scale, solver, survey, zoo
-from benchmarks.cases import CaseError, Record
+from benchmarks.cases import Record
 from benchmarks.grid import table
 from benchmarks.machine import told
 
@@ -44,13 +43,11 @@ Torch-Pruning's group pruner at the largest ratio that costs no more (it may cos
 
 def load(folder: Path, name: str) -> Any:
     """What a command left in a folder; None if it was not run."""
-    path = folder / name
-    try:
-        found = json.loads(path.read_text()) if path.exists() else None
-    except json.JSONDecodeError as error:
-        raise CaseError(f"expected results as JSON in {path}, found {error}; measure them again") from None
+    found = jobs.load(folder / name)
     if isinstance(found, list) and not all(isinstance(row, dict) for row in found):
-        raise CaseError(f"expected rows in {path} as `python -m benchmarks` writes them, found others")
+        raise jobs.UnreadableError(
+            f"expected rows in {folder / name} as `python -m benchmarks` writes them, found others"
+        )
     return found
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from benchmarks import jobs, sweep, zoo
-from benchmarks.cases import CaseError
 from benchmarks.masks import Setting, build_masked
 from benchmarks.measure import describe
 
@@ -62,10 +61,7 @@ def key(name: str, setting: Setting) -> str:
 
 def goldens(path: Path = GOLDENS) -> dict[str, dict[str, Any]]:
     """The committed counts by key; none if there is no file."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise CaseError(f"expected counts as JSON in {path}, found {error}") from None
+    return jobs.load(path) or {}
 
 
 def differences(found: Mapping[str, Any], golden: Mapping[str, Any] | None) -> list[str]:

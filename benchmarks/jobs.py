@@ -230,6 +230,22 @@ def emit(line: Mapping[str, Any]) -> None:
     print(json.dumps({"status": "ok", "machine": machine(), **line}), flush=True)
 
 
+class UnreadableError(ValueError):
+    """A file of results that is none; a command line says so."""
+
+
+def load(path: Path) -> Any:
+    """The JSON in a file of results; None if there is no file.
+
+    Raises:
+        UnreadableError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except json.JSONDecodeError as error:
+        raise UnreadableError(f"expected results as JSON in {path}, found {error}") from None
+
+
 def write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write lines as one JSON list, a line each, and beside it as a CSV table with a column a field (`a.b` is b of a).
 
@@ -273,4 +289,19 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
 
-__all__ = ["KEEPING", "LOST", "MINE", "RESULTS", "ROOT", "Interrupted", "Job", "Line", "emit", "read", "run", "write"]
+__all__ = [
+    "KEEPING",
+    "LOST",
+    "MINE",
+    "RESULTS",
+    "ROOT",
+    "Interrupted",
+    "Job",
+    "Line",
+    "UnreadableError",
+    "emit",
+    "load",
+    "read",
+    "run",
+    "write",
+]

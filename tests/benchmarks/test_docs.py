@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks import docs
-from benchmarks.cases import Case, CaseError, Mask, Record
+from benchmarks.cases import Case, Mask, Record
+from benchmarks.jobs import UnreadableError
 
 
 def copies(count: int, megabytes: int) -> dict[str, int]:
@@ -119,7 +120,7 @@ def test_one_network_at_two_sizes_is_two_networks() -> None:
 @pytest.mark.parametrize("text", ["[{", '["row"]'])
 def test_results_that_cannot_be_read_are_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(CaseError, match=r"expected (results|rows) .*in .*run\.json"):
+    with pytest.raises(UnreadableError, match=r"expected (results|rows) .*in .*run\.json"):
         docs.markdown(tmp_path)
 
 
