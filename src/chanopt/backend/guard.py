@@ -5,6 +5,8 @@ Dynamo compiles a function anew when a weight's size or type changes, not when i
 
 from __future__ import annotations
 
+import itertools
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,27 +25,53 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torc
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What a weight was.
+    """What weights were, their values apart; a tuple for each question, as every call of a compiled model asks it.
 
-    Its memory is not held: as long as its storage lives, nobody else is given its address. (A reference to the tensor
-    itself would keep ``torch.utils.swap_tensors`` from working.) An inference tensor has no version.
+    Their memory is not held: as long as its storage lives, nobody else is given its address. (A reference to the tensor
+    itself would keep ``torch.utils.swap_tensors`` from working.)
+
+    Attributes:
+        ids, addresses, strides: of the weights.
+        counted: which of them have a version; an inference tensor has none.
+        versions: theirs.
     """
 
-    ident: int
-    storage: weakref.ref[Any]
-    version: int | None
-    address: int
-    stride: tuple[int, ...]
+    ids: tuple[int, ...]
+    addresses: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    counted: tuple[bool, ...]
+    versions: tuple[int, ...]
 
-    def holds(self, weight: Tensor) -> bool:
-        """Whether it is the same tensor, with the same version counter, in the same memory."""
+    @classmethod
+    def of(cls, weights: Sequence[Tensor]) -> _Seen:
+        """What they are now."""
+        counted = tuple(not weight.is_inference() for weight in weights)
+        return cls(_ids(weights), _addresses(weights), _strides(weights), counted, _versions(weights, counted))
+
+    def holds(self, weights: Sequence[Tensor]) -> bool:
+        """Whether they are the same tensors, with the same version counters, in the same memory."""
         return (
-            id(weight) == self.ident
-            and weight.data_ptr() == self.address
-            and self.storage() is not None
-            and (self.version is None or weight._version == self.version)
-            and weight.stride() == self.stride
+            _ids(weights) == self.ids
+            and _addresses(weights) == self.addresses
+            and _versions(weights, self.counted) == self.versions
+            and _strides(weights) == self.strides
         )
+
+
+def _ids(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(map(id, weights))
+
+
+def _addresses(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(map(Tensor.data_ptr, weights))
+
+
+def _strides(weights: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(Tensor.stride, weights))
+
+
+def _versions(weights: Sequence[Tensor], counted: Sequence[bool]) -> tuple[int, ...]:
+    return tuple(map(operator.attrgetter("_version"), itertools.compress(weights, counted)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,31 +126,37 @@ class Watch:
     """
 
     def __init__(self, weights: Sequence[Tensor], check: Check, gone: Callable[[], None] | None = None) -> None:
-        self._seen = tuple(_seen(weight, gone) for weight in weights)
+        self._seen = _Seen.of(weights)
+        self._freed: list[bool] = []
+        self._storages = [weakref.ref(weight.untyped_storage(), _telling(self._freed, gone)) for weight in weights]
         with torch.no_grad():
             self._values = _values(self._seen, weights, check)
 
     @property
     def ids(self) -> frozenset[int]:
         """The ids of the weights."""
-        return frozenset(seen.ident for seen in self._seen)
+        return frozenset(self._seen.ids)
 
     def holds(self, weights: Sequence[Tensor]) -> bool:
         """Whether nothing has changed."""
-        if not all(seen.holds(weight) for seen, weight in zip(self._seen, weights, strict=True)):
+        if self._freed or not self._seen.holds(weights):
             return False
         with torch.no_grad():
             return all(values.holds(weights) for values in self._values)
 
 
-def _seen(weight: Tensor, gone: Callable[[], None] | None) -> _Seen:
-    version = None if weight.is_inference() else weight._version
-    called = None if gone is None else lambda _: gone()
-    storage = weakref.ref(weight.untyped_storage(), called)
-    return _Seen(id(weight), storage, version, weight.data_ptr(), weight.stride())
+def _telling(freed: list[bool], gone: Callable[[], None] | None) -> Callable[[Any], None]:
+    """What is called when memory is given back."""
+
+    def told(_: Any) -> None:
+        freed.append(True)
+        if gone is not None:
+            gone()
+
+    return told
 
 
-def _values(seen: Sequence[_Seen], weights: Sequence[Tensor], check: Check) -> list[_Packed | _Large]:
+def _values(seen: _Seen, weights: Sequence[Tensor], check: Check) -> list[_Packed | _Large]:
     """The entries to compare: small weights and samples together by type, large ones one by one."""
     total = sum(weight.numel() for weight in weights)
     together: dict[tuple[Any, Any], list[tuple[int, Tensor | None]]] = {}
@@ -130,7 +164,7 @@ def _values(seen: Sequence[_Seen], weights: Sequence[Tensor], check: Check) -> l
     generator = torch.Generator().manual_seed(0)
     for number, weight in enumerate(weights):
         small = weight.numel() <= _WHOLE
-        whole = seen[number].version is None or check == "all" or (check == "sample" and (small or total <= _SMALL))
+        whole = not seen.counted[number] or check == "all" or (check == "sample" and (small or total <= _SMALL))
         if weight.numel() == 0 or not (whole or check == "sample"):
             continue
         if whole and not small and weight.device.type == "cpu" and _is_dense(weight):

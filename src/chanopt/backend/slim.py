@@ -243,7 +243,7 @@ class SlimGraph:
 
     def _key(self, inputs: Sequence[Any]) -> Key:
         """The weights that a build is for: two modules may share some of them."""
-        return tuple(id(inputs[position]) for position in self._owned)
+        return tuple(map(id, self._weights(inputs)))
 
     def _weights(self, inputs: Sequence[Any]) -> list[Tensor]:
         return [inputs[position] for position in self._owned]
