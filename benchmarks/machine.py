@@ -25,6 +25,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
     """The machine as words, with the GPU if `device` is "cuda". Threads are this process's."""
     on = {
         "processor": clock.processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "threads": str(torch.get_num_threads()),

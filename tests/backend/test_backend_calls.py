@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
+from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
 from torch.utils.flop_counter import FlopCounterMode
 
 import chanopt
@@ -575,6 +576,17 @@ def test_inductor(arguments: dict[str, Any]) -> None:
     assert macs(fast)[1] < macs(fast)[0]
     assert chanopt.explain(fast).seconds["inductor"] > 0
     assert parse(arguments.get("options"), arguments.get("mode")).patches("cpu")["freezing"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("given", "in_cpp"), [({}, True), ({"cpp_wrapper": False}, False)])
+def test_cpp_calls_the_kernels_unless_python_is_asked_to(given: dict[str, Any], in_cpp: bool) -> None:
+    model = masked()
+    fast = torch.compile(model, backend="chanopt", options={"inductor": given})
+    with torch.inference_mode(), fresh_inductor_cache():
+        found, (code, *_) = run_and_get_code(fast, images())
+        assert error(model(images()), found) < 1e-4
+    assert ("inductor_entry_impl" in code) == in_cpp
 
 
 @pytest.mark.slow

@@ -33,7 +33,9 @@ def test_a_network_that_fails_is_named_with_its_error() -> None:
 
 def test_the_faster_of_upscales_ways_counts_and_the_page_says_which() -> None:
     taken = {"dense": [8.0, 8.0], "index": [5.0, 5.0], "runs": [4.0, 4.0], "chanopt": [2.0, 2.0]}
-    row = Speed(**compared("resnet18", taken), checked=Spread.of([1.1] * 2), error=1e-7)
+    row = Speed(
+        **compared("resnet18", taken), checked=Spread.of([1.1] * 2), from_python=Spread.of([0.9] * 2), error=1e-7
+    )
     assert (row.upscale_mode, row.to_upscale, row.to_dense) == ("runs", Spread.of([0.5] * 2), Spread.of([0.25] * 2))
     page = "\n".join(speed_page([row]))
     assert "4.0 [4.0, 4.0] runs" in page
@@ -43,7 +45,9 @@ def test_the_faster_of_upscales_ways_counts_and_the_page_says_which() -> None:
 
 def test_figures_survive_their_journey_between_processes_and_a_lost_network_is_named(tmp_path: Path) -> None:
     times = {arm: [2.0, 2.0] for arm in ("dense", "index", "runs", "chanopt")}
-    row = Speed(**compared("resnet18", times), checked=Spread.of([1.0] * 2), error=0.0)
+    row = Speed(
+        **compared("resnet18", times), checked=Spread.of([1.0] * 2), from_python=Spread.of([1.0] * 2), error=0.0
+    )
     sent = json.loads(json.dumps(asdict(row)))
     assert Speed.read(sent) == row
     lines = [
