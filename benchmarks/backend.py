@@ -224,8 +224,8 @@ def speed_page(rows: Sequence[Speed]) -> list[str]:
     told = (
         "Medians, with quartiles in brackets; ratios within a round. All through Inductor with frozen weights, chanopt "
         'with `check="version"`; the last ratio is the time with the default, which compares all weights at each call. '
-        "On a CPU chanopt has Inductor write in C++ what calls the kernels (`cpp_wrapper`); by default, and in the other "
-        "arms, that is Python: the ratio before the last leaves it aside."
+        "On a CPU chanopt has Inductor write in C++ what calls the kernels (`cpp_wrapper`); in the other arms, as by "
+        "default, that is Python: the ratio before the last leaves it aside."
     )
     return ["## Speed", told, table(heads, body), *means]
 
