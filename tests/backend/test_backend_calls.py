@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.utils import fresh_inductor_cache, run_and_get_code
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -587,6 +589,24 @@ def test_cpp_calls_the_kernels_unless_python_is_asked_to(given: dict[str, Any], 
         found, (code, *_) = run_and_get_code(fast, images())
         assert error(model(images()), found) < 1e-4
     assert ("inductor_entry_impl" in code) == in_cpp
+
+
+@pytest.mark.slow
+def test_python_calls_the_kernels_where_inductor_cannot_write_it_in_cpp(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_cpp(*args: Any, config_patches: dict[str, Any]) -> Any:
+        if config_patches["cpp_wrapper"]:
+            raise NotImplementedError("this operator")
+        return compile_fx(*args, config_patches=config_patches)
+
+    monkeypatch.setattr("chanopt.backend.inductor.compile_fx", no_cpp)
+    model = masked()
+    fast = torch.compile(model, backend="chanopt")
+    with torch.inference_mode(), caplog.at_level(logging.INFO, "chanopt"):
+        assert error(model(images()), fast(images())) < 1e-4
+    assert "did not write the C++: NotImplementedError: this operator" in caplog.text
+    assert slim(fast)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -13,6 +14,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.compile_fx import compile_fx
 from torch.utils import _pytree as pytree
 
+_LOG = logging.getLogger(__name__)
 Compiled = Callable[..., Any]
 
 
@@ -34,9 +36,8 @@ def compile_slim(
     mode: Any = detect_fake_mode(list(traced))
     env: Any = mode.shape_env
     known = len(env.guards) if env is not None and env.frozen else None
-    own = fx.GraphModule(module, deepcopy(module.graph))  # Inductor takes what it is given for its own
-    with tracing(TracingContext(mode)), _thawed(env):
-        run: Any = compile_fx(own, list(given), config_patches={"cpp_wrapper": _calls_in_cpp(given), **patches})
+    with _thawed(env):
+        run = _compiled(module, given, mode, patches)
     run = _copying(run, _own_outputs(module))
     added = env.guards[known:] if env is not None and known is not None else []
     condition = env.produce_guards_expression(list(given), guards=added) if env is not None and added else None
@@ -45,9 +46,25 @@ def compile_slim(
     return run, lambda *inputs: bool(env.evaluate_guards_expression(condition, list(inputs)))
 
 
-def _calls_in_cpp(given: Sequence[Any]) -> bool:
-    """Whether C++ calls the kernels, not Python: on a CPU that is a tenth of the time of a small network."""
-    return device_of(given) == "cpu"
+def _compiled(module: fx.GraphModule, given: Sequence[Any], mode: Any, patches: Mapping[str, Any]) -> Compiled:
+    """What Inductor makes of a graph.
+
+    On a CPU C++ calls the kernels, not Python, which is a tenth of the time of a small network; Python does where
+    Inductor cannot write that C++, or the patches say so.
+    """
+
+    def made(**more: Any) -> Any:
+        own = fx.GraphModule(module, deepcopy(module.graph))  # Inductor takes what it is given for its own
+        with tracing(TracingContext(mode)):
+            return compile_fx(own, list(given), config_patches={**patches, **more})
+
+    if device_of(given) != "cpu" or "cpp_wrapper" in patches:
+        return made()
+    try:
+        return made(cpp_wrapper=True)
+    except Exception as error:  # noqa: BLE001  whatever it cannot write in C++, it may do without
+        _LOG.info("Python calls the kernels, as Inductor did not write the C++: %s: %s", type(error).__name__, error)
+        return made(cpp_wrapper=False)
 
 
 def _own_outputs(module: fx.GraphModule) -> list[int]:
