@@ -23,55 +23,18 @@ _SMALL = 1 << 18  # entries of all weights together up to which all are compared
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """What weights were, their values apart; a tuple for each question, as every call of a compiled model asks it.
+def _identity(weights: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    """What weights are, their values apart: objects, addresses, strides, versions. Every call of a compiled model asks.
 
-    Their memory is not held: as long as its storage lives, nobody else is given its address. (A reference to the tensor
-    itself would keep ``torch.utils.swap_tensors`` from working.)
-
-    Attributes:
-        ids, addresses, strides: of the weights.
-        counted: which of them have a version; an inference tensor has none.
-        versions: theirs.
+    An inference tensor has no version.
     """
-
-    ids: tuple[int, ...]
-    addresses: tuple[int, ...]
-    strides: tuple[tuple[int, ...], ...]
-    counted: tuple[bool, ...]
-    versions: tuple[int, ...]
-
-    @classmethod
-    def of(cls, weights: Sequence[Tensor]) -> _Seen:
-        """What they are now."""
-        counted = tuple(not weight.is_inference() for weight in weights)
-        return cls(_ids(weights), _addresses(weights), _strides(weights), counted, _versions(weights, counted))
-
-    def holds(self, weights: Sequence[Tensor]) -> bool:
-        """Whether they are the same tensors, with the same version counters, in the same memory."""
-        return (
-            _ids(weights) == self.ids
-            and _addresses(weights) == self.addresses
-            and _versions(weights, self.counted) == self.versions
-            and _strides(weights) == self.strides
-        )
-
-
-def _ids(weights: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(map(id, weights))
-
-
-def _addresses(weights: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(map(Tensor.data_ptr, weights))
-
-
-def _strides(weights: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    return tuple(map(Tensor.stride, weights))
-
-
-def _versions(weights: Sequence[Tensor], counted: Sequence[bool]) -> tuple[int, ...]:
-    return tuple(map(operator.attrgetter("_version"), itertools.compress(weights, counted)))
+    counted = itertools.filterfalse(Tensor.is_inference, weights)
+    return (
+        list(map(id, weights)),
+        list(map(Tensor.data_ptr, weights)),
+        list(map(Tensor.stride, weights)),
+        list(map(operator.attrgetter("_version"), counted)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +80,9 @@ class Watch:
     """Weights as they were at one time.
 
     Objects, version counters, addresses and strides are compared always; values as ``check`` says, and all of them
-    for tensors made under ``torch.inference_mode``, which have no version counter. No memory of a weight is held.
+    for tensors made under ``torch.inference_mode``, which have no version counter. No memory of a weight is held: as
+    long as its storage lives, nobody else is given its address. (A reference to the tensor itself would keep
+    ``torch.utils.swap_tensors`` from working.)
 
     Args:
         weights: the weights.
@@ -126,37 +91,26 @@ class Watch:
     """
 
     def __init__(self, weights: Sequence[Tensor], check: Check, gone: Callable[[], None] | None = None) -> None:
-        self._seen = _Seen.of(weights)
-        self._freed: list[bool] = []
-        self._storages = [weakref.ref(weight.untyped_storage(), _telling(self._freed, gone)) for weight in weights]
+        called = None if gone is None else lambda _: gone()
+        self._identity = _identity(weights)
+        self._storages = [weakref.ref(weight.untyped_storage(), called) for weight in weights]
         with torch.no_grad():
-            self._values = _values(self._seen, weights, check)
+            self._values = _values(weights, check)
 
     @property
     def ids(self) -> frozenset[int]:
         """The ids of the weights."""
-        return frozenset(self._seen.ids)
+        return frozenset(self._identity[0])
 
     def holds(self, weights: Sequence[Tensor]) -> bool:
         """Whether nothing has changed."""
-        if self._freed or not self._seen.holds(weights):
+        if _identity(weights) != self._identity or any(storage() is None for storage in self._storages):
             return False
         with torch.no_grad():
             return all(values.holds(weights) for values in self._values)
 
 
-def _telling(freed: list[bool], gone: Callable[[], None] | None) -> Callable[[Any], None]:
-    """What is called when memory is given back."""
-
-    def told(_: Any) -> None:
-        freed.append(True)
-        if gone is not None:
-            gone()
-
-    return told
-
-
-def _values(seen: _Seen, weights: Sequence[Tensor], check: Check) -> list[_Packed | _Large]:
+def _values(weights: Sequence[Tensor], check: Check) -> list[_Packed | _Large]:
     """The entries to compare: small weights and samples together by type, large ones one by one."""
     total = sum(weight.numel() for weight in weights)
     together: dict[tuple[Any, Any], list[tuple[int, Tensor | None]]] = {}
@@ -164,7 +118,7 @@ def _values(seen: _Seen, weights: Sequence[Tensor], check: Check) -> list[_Packe
     generator = torch.Generator().manual_seed(0)
     for number, weight in enumerate(weights):
         small = weight.numel() <= _WHOLE
-        whole = not seen.counted[number] or check == "all" or (check == "sample" and (small or total <= _SMALL))
+        whole = weight.is_inference() or check == "all" or (check == "sample" and (small or total <= _SMALL))
         if weight.numel() == 0 or not (whole or check == "sample"):
             continue
         if whole and not small and weight.device.type == "cpu" and _is_dense(weight):
