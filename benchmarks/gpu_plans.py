@@ -71,7 +71,7 @@ def load(path: Path, seed: int = SEED) -> fx.GraphModule:
     Raises:
         FileNotFoundError: no such plan; `python -m benchmarks.gpu_plans` makes them.
     """
-    import chanopt.kernels  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from chanopt.codegen.module import ChanoptModule
 
     data = json.loads(gzip.decompress(path.read_bytes()))
     root, graph = nn.Module(), fx.Graph()
@@ -82,7 +82,7 @@ def load(path: Path, seed: int = SEED) -> fx.GraphModule:
         target = _resolve(node["target"]) if node["op"] == "call_function" else _flat(node["target"])
         args, kwargs = _decode(node["args"], env), _decode(node["kwargs"], env)
         env[node["name"]] = graph.create_node(node["op"], target, tuple(args), kwargs, node["name"])
-    return fx.GraphModule(root, graph, path.name.partition(".")[0].replace("-", "_"))
+    return ChanoptModule(root, graph, path.name.partition(".")[0].replace("-", "_"))
 
 
 def masked(name: str, fraction: float = 0.5) -> nn.Module:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -35,7 +36,8 @@ class AlignChannels(Pass):
            by it is among those: first the channels beside the range that an addition takes of an operand;
         2. where a device has additions take operands whole, a value gets all of those;
         3. where convs gather while they load, a concat that only they read takes its operands as they lie, if it would
-           gather from one, and becomes no more than twice as wide: a gather and a concat copy its channels twice;
+           gather from one, or shares one with other concats, and becomes no more than twice as wide: a gather and a
+           concat copy its channels twice, and concats of what lies alike can be one memory;
         4. a value that has too few of them, would grow too much, or whose channels may not change, is left alone, and
            so is one that an op reads as it lies, if that op would have to copy the first channels of more.
 
@@ -86,8 +88,10 @@ class _Rounding:
             if any(read.access is Access.FLOW and read.value in self.fed for read in op.reads):
                 self.fed.add(op.result)
 
-        self.gathering: set[tuple[str, str]] = set(self._gathering()) if grain.whole_concats else set()
-        """Reads (of what, by what) that a conv's kernel does."""
+        self.gathered: set[str] = self._gathered() if grain.whole_concats else set()
+        """Concats that only convs' kernels read, or concats of this kind."""
+        self.joined = Counter(read.value for op in program.ops if op.kind is Kind.CONCAT for read in op.reads)
+        """How many concats a value goes into."""
 
     @property
     def worthwhile(self) -> bool:
@@ -133,24 +137,34 @@ class _Rounding:
         changed = [name for name in grown if grown[name] is not live[name]]
         return grown if self._pays(changed, live, grown, joins=len(cut) > 0) else live
 
-    def _gathering(self) -> Iterator[tuple[str, str]]:
+    def _gathered(self) -> set[str]:
         fusing = Fusing(self.program)
-        for op in self.program.ops:
-            if image_conv(op, self.program) is not None:
-                first = next(iter(fusing.beside(op).before), op)
-                yield first.reads[0].value, first.result
+        convs = [op for op in self.program.ops if image_conv(op, self.program) is not None]
+        first = [next(iter(fusing.beside(op).before), op) for op in convs]
+        reads = {(op.reads[0].value, op.result) for op in first}
+        found: set[str] = set()
+        for op in reversed(self.program.ops):
+            users = [user.result for user, _ in self.uses[op.result]] if op.kind is Kind.CONCAT else []
+            if users and all((op.result, user) in reads or user in found for user in users):
+                found.add(op.result)
+        return found
 
     def concatenated(self, op: Op, live: Lives) -> Lives:
         """The live channels of every value once a concat takes its operands as they lie, if that is worth it."""
-        users = self.uses[op.result]
-        if op.kind is not Kind.CONCAT or not all((op.result, user.result) in self.gathering for user, _ in users):
+        if op.result not in self.gathered:
             return live
-        ranges = [len(self._positions(op, read, live).runs()) for read in op.reads]
+        gathers = any(len(self._positions(op, read, live).runs()) > 1 for read in op.reads)
         made = np.concatenate([self._carried(read, live) for read in op.reads])
         before = live[op.result].array
-        if max(ranges) < 2 or not len(before) <= len(made) <= 2 * len(before) or not np.isin(before, made).all():
+        if not (gathers or self._shares(op)) or np.array_equal(made, before):
+            return live
+        if not len(before) <= len(made) <= 2 * len(before) or not np.isin(before, made).all():
             return live
         return {**live, op.result: IndexMap(made)}
+
+    def _shares(self, op: Op) -> bool:
+        """Whether a concat joins, or is, what other concats join too: what lies alike can lie in one memory."""
+        return op.result in self.joined or any(self.joined[read.value] > 1 for read in op.reads)
 
     def _beside(self, op: Op, live: Lives, *, far: bool) -> tuple[IntArray, IntArray]:
         """The result channels made of what lies in front of, and behind, a range that a join takes.

@@ -197,6 +197,31 @@ def test_a_concat_of_few_channels_still_gathers_them() -> None:
     assert Form.GATHER in concatenated(program)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("growing", [False, True])
+def test_concats_that_share_an_operand_take_it_as_it_lies(growing: bool, nested: bool) -> None:
+    """They can be one memory then; a concat on its own copies the channels it needs, wherever in a range they are."""
+
+    def body(n: Any, x: torch.Tensor) -> torch.Tensor:
+        y = n.stem(x).relu()
+        z = n.a(y).relu()
+        first = torch.cat([y, z], 1)
+        if not growing:
+            return n.head(first)
+        last = n.b(first).relu()
+        return n.last(torch.cat([first, last] if nested else [y, z, last], 1))
+
+    parts = {"a": conv(64, 32), "b": conv(96, 32), "head": conv(96, 8), "last": conv(128, 8)}
+    net = randomise(Net(body, stem=conv(3, 64), **parts)).eval()
+    kill(net.a, inputs=range(0, 64, 2))
+    for layer, dead in (("b", range(8, 50)), ("head", range(40, 64)), ("last", (*range(30, 44), *range(100, 110)))):
+        kill(getattr(net, layer), inputs=dead)
+    x = torch.randn(2, 3, 9, 8).contiguous(memory_format=LAST)
+    fast, program = run(net, x, Target("cuda"))
+    assert (concatenated(program) == {Form.WHOLE}) == growing
+    assert_same_function(net, fast, (x,))
+
+
 # -- a CPU ---------------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from chanopt.codegen.in_place import write_in_place
+from chanopt.codegen.module import ChanoptModule
 from chanopt.codegen.operators import real_args, resolve
 from chanopt.codegen.torch_names import OpOverload, PyTreeCodeGen, PyTreeInfo
 from chanopt.ir import (
@@ -78,7 +79,7 @@ class _Emitter:
         write_in_place(self.graph, self.shapes)
         self.guard_batch()
         self.graph.set_codegen(PyTreeCodeGen(info))
-        module = fx.GraphModule(self.root, self.graph, class_name="ChanoptModule")
+        module = ChanoptModule(self.root, self.graph, class_name="ChanoptModule")
         module.graph.lint()
         return module.eval()
 

@@ -43,3 +43,8 @@ def is_kept(operator: OpOverload) -> bool:
     """Whether ``run_decompositions({})`` keeps an operator if it is composite: one that shares no memory, it says."""
     shares = any(parameter.alias_info is not None for parameter in parameters(operator))
     return not shares and torch.Tag.maybe_aliasing_or_mutating not in operator.tags
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` is at work: a tensor may then stand for many."""
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
