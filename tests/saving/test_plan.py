@@ -372,3 +372,33 @@ def test_structures_that_import_modules_are_refused(text: str, context: str) -> 
 def test_a_plan_may_not_break_the_rules_of_the_ir(text: str) -> None:
     with pytest.raises(LoadError, match="rule"):
         chanopt.Plan.from_json(changed(text, in_program("@left.weight<0,1>", "@left.weight<1,0>")))
+
+
+@pytest.mark.parametrize("how", ["as they are", "prune", "parametrize", "weight_norm"])
+def test_what_was_frozen_comes_back_frozen(how: str, x: Tensor) -> None:
+    """Under whatever computes the weight, and through the plan; what it is folded with goes with it."""
+    net = masked()
+    if how == "prune":
+        prune.l1_unstructured(net.left, "weight", 0.2)
+    if how == "parametrize":
+        parametrize.register_parametrization(net.left, "weight", nn.Hardtanh())
+    if how == "weight_norm":
+        nn.utils.parametrizations.weight_norm(net.left)
+    net.eval().left.requires_grad_(False)
+    net.tail.bias.requires_grad_(False)
+    made = chanopt.optimize(net, (x,))
+    assert isinstance(made, fx.GraphModule)
+    found = {name: parameter.requires_grad for name, parameter in made.named_parameters()}
+    assert [name for name, trained in found.items() if not trained] == ["left.weight", "left.bias", "tail.bias"]
+    rebuilt = chanopt.apply_plan(Net(), chanopt.Plan.of(made).to_json())
+    assert {name: parameter.requires_grad for name, parameter in rebuilt.named_parameters()} == found
+    rebuilt.load_state_dict(made.state_dict())
+    assert torch.equal(rebuilt(x), made(x))
+
+
+def test_a_weight_that_is_trained_in_part_is_trained(x: Tensor) -> None:
+    net = masked()
+    nn.utils.parametrizations.weight_norm(net.left)
+    net.left.parametrizations.weight.original0.requires_grad_(False)  # the lengths; the directions stay
+    made = chanopt.optimize(net.eval(), (x,))
+    assert made.get_parameter("left.weight").requires_grad

@@ -108,7 +108,7 @@ def _fits(node: fx.Node, pieces: tuple[fx.Node, ...], room: _Room) -> bool:
     """
     if room.pieces[: len(pieces)] != pieces or room.ends[-1] % GROUP or _is_written(next(iter(room.cats))):
         return False
-    return all(_takes_slice(user, node, room) for user in node.users)
+    return all(_takes_slice(user, room) for user in node.users)
 
 
 def _writes(piece: fx.Node, span: tuple[int, int], room: _Room) -> bool:
@@ -151,8 +151,8 @@ def _pieces(concat: fx.Node) -> Iterator[fx.Node]:
         yield from _pieces(piece) if _is_concat(piece) else (piece,)
 
 
-def _takes_slice(user: fx.Node, node: fx.Node, room: _Room) -> bool:
-    return user in room.cats or (user.target is _CONV and user.args[0] is node and node not in user.args[1:])
+def _takes_slice(user: fx.Node, room: _Room) -> bool:
+    return user in room.cats or user.target is _CONV
 
 
 def _is_written(node: fx.Node) -> bool:

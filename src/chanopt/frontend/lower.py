@@ -34,7 +34,7 @@ from chanopt.ir import (
     Value,
     map_leaves,
 )
-from chanopt.ir.edit import as_trained
+from chanopt.ir.edit import as_trained, is_frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -506,10 +506,16 @@ def _fold(node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Co
 
     with torch.no_grad():
         made = target(*pytree.tree_map(real, args), **pytree.tree_map(real, dict(kwargs)))
-    name, buffer = _folded_name(node), all(const.buffer for const in tensors)
+    name, trained = _folded_name(node), [const.tensor for const in tensors if not const.buffer]
+
+    def const(name: str, item: torch.Tensor) -> Const:
+        # What is computed of frozen parameters alone is frozen, as its own weight would be without a mask on it.
+        frozen = trained and all(map(is_frozen, trained))
+        return Const(name, as_trained(item, trained[0]) if frozen else item, not trained)
+
     if isinstance(made, torch.Tensor):
-        return Const(name, made, buffer)
-    return tuple(Const(f"{name}.{k}", item, buffer) for k, item in enumerate(made)) if made is not None else None
+        return const(name, made)
+    return tuple(const(f"{name}.{k}", item) for k, item in enumerate(made)) if made is not None else None
 
 
 def _folded_name(node: fx.Node) -> str:

@@ -20,6 +20,7 @@ from chanopt.codegen.torch_names import OpOverload
 from chanopt.errors import ChanoptError, LoadError
 from chanopt.frontend.capture import Captured, capture
 from chanopt.ir import Program, parse
+from chanopt.ir.edit import is_frozen
 from chanopt.report import Report
 from chanopt.saving.harmless import require_harmless
 
@@ -38,18 +39,20 @@ class Form:
         dtype: the element type's name, e.g. ``float32``.
         shape: its sizes.
         channels_last: whether it lies channels last.
+        frozen: whether it is a parameter that was taken out of training.
     """
 
     dtype: str
     shape: tuple[int, ...]
     channels_last: bool = False
+    frozen: bool = False
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Form:
         """The form of a tensor."""
         last = tensor.ndim == 4 and not tensor.is_contiguous()
         last = last and tensor.is_contiguous(memory_format=torch.channels_last)
-        return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), last)
+        return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), last, is_frozen(tensor))
 
     def blank(self) -> torch.Tensor:
         """A tensor of this form whose values say nothing."""
@@ -57,8 +60,14 @@ class Form:
         if not isinstance(dtype, torch.dtype) or min(self.shape, default=0) < 0 or math.prod(self.shape) > _MOST:
             raise LoadError(f"expected the form of a tensor, found {self.dtype} of sizes {list(self.shape)}")
         if self.channels_last:
-            return torch.zeros(self.shape, dtype=dtype).to(memory_format=torch.channels_last)
-        return torch.zeros((), dtype=dtype).expand(self.shape)  # takes no memory until it is cut
+            made = torch.zeros(self.shape, dtype=dtype).to(memory_format=torch.channels_last)
+        else:
+            made = torch.zeros((), dtype=dtype).expand(self.shape)  # takes no memory until it is cut
+        return nn.Parameter(made, requires_grad=False) if self.frozen else made
+
+    def to_json(self) -> list[Any]:
+        """The fields in order; the last is left out if it is no."""
+        return [self.dtype, list(self.shape), self.channels_last, *[True][: self.frozen]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +150,7 @@ class Plan:
                 "format": FORMAT,
                 "program": str(self.program).splitlines(),
                 "hints": dict(hints),
-                "weights": {name: [w.dtype, list(w.shape), w.channels_last] for name, w in self.weights.items()},
+                "weights": {name: form.to_json() for name, form in self.weights.items()},
                 "architecture": {
                     "name": self.architecture.name,
                     "modules": list(self.architecture.modules),
@@ -180,8 +189,8 @@ class Plan:
         program = parse("\n".join(data["program"]))
         require_harmless(program)
         weights = {
-            str(name): Form(str(dtype), tuple(map(int, shape)), bool(last))
-            for name, (dtype, shape, last) in data["weights"].items()
+            str(name): Form(str(dtype), tuple(map(int, shape)), *map(bool, flags))
+            for name, (dtype, shape, *flags) in data["weights"].items()
         }
         hints = {str(size): int(hint) for size, hint in data["hints"].items()}
         about = data["architecture"]
