@@ -183,7 +183,7 @@ def test_gradients_of_some() -> None:
 
 @pytest.mark.parametrize("enabled", [False, True])
 def test_autocast(enabled: bool) -> None:
-    args = arguments()
+    args = arguments(residual=torch.randn(2, 8, 3, 7, dtype=torch.bfloat16 if enabled else torch.float32))
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
         found = OPS.gather_conv2d(*args)
         buffer = torch.empty_like(found)
@@ -200,6 +200,20 @@ def test_autocast_of_an_inference_leaves_float32_buffers_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         OPS.gather_conv2d_into(buffer, *args)
     torch.testing.assert_close(buffer, OPS.gather_conv2d(*args))
+
+
+@pytest.mark.parametrize("wide", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("act", ["none", "relu"])
+def test_autocast_of_a_sum_promotes_as_eager_does(wide: torch.dtype, act: str) -> None:
+    x, weight = torch.randn(2, 16, 6, 7), torch.randn(8, 16, 3, 3)
+    residual = torch.randn(2, 8, 4, 5).to(wide)
+    groups = torch.arange(2, dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = OPS.gather_conv2d(x, weight, None, groups, 8, residual=residual, act=act)
+        expected = torch.conv2d(x, weight) + residual
+        expected = expected.relu() if act == "relu" else expected
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.1)
 
 
 def test_flops_are_those_of_the_conv_on_gathered_channels() -> None:

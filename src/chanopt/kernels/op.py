@@ -24,7 +24,7 @@ from chanopt.kernels.configs import Config, fits, heuristic
 from chanopt.kernels.emit import emitted
 from chanopt.kernels.launch import launch
 from chanopt.kernels.problem import Problem, Reason, coverage
-from chanopt.kernels.reference import backward, reference, reference_out
+from chanopt.kernels.reference import activated, backward, reference, reference_out
 
 _LOG = logging.getLogger(__name__)
 
@@ -209,9 +209,13 @@ def _register_functional(name: str, parse: Parse) -> None:
     def autocast(device: str) -> Callable[..., Tensor]:
         def cast(*args: Any, **kwargs: Any) -> Tensor:
             call, config = parse(args, kwargs)
-            call = _cast(call, torch.get_autocast_dtype(device))
+            dtype, residual = torch.get_autocast_dtype(device), call.residual
+            # A sum with something wider is as wide: in eager PyTorch it would be an op of its own.
+            wider = residual is not None and torch.promote_types(residual.dtype, dtype) != dtype
+            own = replace(call, residual=None, act="none") if wider else call
             with _without_autocast(device):
-                return getattr(torch.ops.chanopt, name)(*_arguments(call, config))
+                made = getattr(torch.ops.chanopt, name)(*_arguments(_cast(own, dtype), config))
+            return activated(made + residual, call.act) if wider else made
 
         return cast
 

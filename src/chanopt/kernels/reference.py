@@ -39,7 +39,7 @@ def reference(call: Call) -> Tensor:
 
     Half-precision networks round between the steps as eager PyTorch does; the prologue is done in float32.
     """
-    result = _activated(_linear(call, _prologue(call)), call.act)
+    result = activated(_linear(call, _prologue(call)), call.act)
     # A fresh tensor with the strides that the fake kernel promises; ambiguous shapes have several contiguous strides.
     if result.stride() == strides(result.shape, call.memory_format):
         return result
@@ -85,7 +85,7 @@ def backward(call: Call, grad: Tensor, needs: dict[str, bool]) -> dict[str, Tens
     made: dict[str, Tensor | None] = {}
     taken = gather(call.x, channels(call.groups, call.group))
     affine = _affine(call, taken)
-    operand = _activated(affine, call.pre_act).to(call.x.dtype)
+    operand = activated(affine, call.pre_act).to(call.x.dtype)
     if call.act != "none":
         grad = _BACKWARD[call.act](grad, _linear(call, operand))
     if needs["residual"] and call.residual is not None:
@@ -109,7 +109,7 @@ def _affine(call: Call, taken: Tensor) -> Tensor:
 
 def _prologue(call: Call) -> Tensor:
     taken = gather(call.x, channels(call.groups, call.group))
-    return _activated(_affine(call, taken), call.pre_act).to(call.x.dtype)
+    return activated(_affine(call, taken), call.pre_act).to(call.x.dtype)
 
 
 def _linear(call: Call, operand: Tensor) -> Tensor:
@@ -120,7 +120,8 @@ def _linear(call: Call, operand: Tensor) -> Tensor:
     return made if call.residual is None else made + call.residual.to(made.dtype)
 
 
-def _activated(v: Tensor, act: str) -> Tensor:
+def activated(v: Tensor, act: str) -> Tensor:
+    """An activation by its name."""
     return _FORWARD[act](v)
 
 
