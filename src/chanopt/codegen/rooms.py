@@ -12,7 +12,7 @@ Implementation of DenseNets, 2017, share memory so for training).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -46,6 +46,8 @@ _OUT: dict[Any, tuple[Any, tuple[Any, ...]]] = {
 first operand."""
 _CHANNELWISE = frozenset({*_OUT, aten.batch_norm.default, aten.max_pool2d.default, aten.avg_pool2d.default})
 """Operators whose result has the channels of their first operand."""
+_MOST = 1024
+"""Pieces of a room: concats of concats of the same could come to any number."""
 _BROADCAST = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor})
 """Operators whose result has the channels of an operand that has more than one."""
 
@@ -84,7 +86,7 @@ def write_into_rooms(module: fx.GraphModule) -> fx.Graph | None:
 
 def _rooms(graph: fx.Graph, channels: Mapping[fx.Node, int]) -> list[_Room]:
     """The rooms that save a copy."""
-    cats = {node: tuple(_pieces(node)) for node in graph.nodes if _is_concat(node)}
+    cats = _pieces(graph)
     known = [node for node, pieces in cats.items() if all(piece in channels for piece in pieces)]
     rooms: list[_Room] = []
     for node in sorted(known, key=lambda node: -len(cats[node])):
@@ -98,7 +100,7 @@ def _rooms(graph: fx.Graph, channels: Mapping[fx.Node, int]) -> list[_Room]:
     for room in rooms:
         spans = zip(room.pieces, pairwise(room.ends), strict=True)
         room.own = frozenset(piece for piece, span in spans if wanted[piece] == 1 and _writes(piece, span, room))
-    return [room for room in rooms if len(room.cats) > 1 or room.own]
+    return [room for room in rooms if _saves(room) and _has_kernel(room)]
 
 
 def _fits(node: fx.Node, pieces: tuple[fx.Node, ...], room: _Room) -> bool:
@@ -144,11 +146,26 @@ def _is_concat(node: fx.Node) -> bool:
     return node.target is aten.cat.default and node.args[1:] == (1,)
 
 
-def _pieces(concat: fx.Node) -> Iterator[fx.Node]:
-    """What a concat joins, and what concats among that do."""
-    pieces: Any = concat.args[0]
-    for piece in pieces:
-        yield from _pieces(piece) if _is_concat(piece) else (piece,)
+def _pieces(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
+    """By concat, what it joins, and what concats among that do; those that come to very many are left out."""
+    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    for node in graph.nodes:
+        if _is_concat(node):
+            pieces = tuple(part for piece in node.args[0] for part in found.get(piece, (piece,)))
+            if len(pieces) <= _MOST and not any(_is_concat(piece) for piece in pieces):
+                found[node] = pieces
+    return found
+
+
+def _saves(room: _Room) -> bool:
+    """Whether a room saves copies: one concat is one launch, and every piece that is copied another."""
+    return len(room.cats) > 1 or len(room.pieces) - len(room.own) <= 1 <= len(room.own)
+
+
+def _has_kernel(room: _Room) -> bool:
+    """Whether a kernel makes or reads what is there; if so, these are images, and their second axis channels."""
+    beside = {*room.pieces, *(user for cat in room.cats for user in cat.users)}
+    return any(node.target is _CONV for node in beside)
 
 
 def _takes_slice(user: fx.Node, room: _Room) -> bool:
