@@ -1,8 +1,8 @@
 """Concats without copies: what is joined is written where the concat would put it, one memory for all that begin alike.
 
 Only for graphs with convs that gather while they load (``chanopt::gather_conv2d``), which write into a slice of memory
-and read one as quickly as a tensor of its own. On a CPU this was measured and does not pay: a copy of what lies in the
-cache is as quick as an operator that writes into a slice.
+and read one as quickly as a tensor of its own. On a CPU this was measured and does not pay: what a concat copies lies in
+the cache, and operators that write into a slice are slower for it. Inductor, given this form, copies as much as before.
 
 A room is the memory of one concat, and of every other that joins the same tensors and fewer: DenseNet's layers each
 join what all before them have made, and copy it once instead of once a layer (Pleiss et al., Memory-Efficient
