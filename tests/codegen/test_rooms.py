@@ -260,6 +260,77 @@ def test_one_concat_is_not_made_many_copies() -> None:
     assert hand.found(hand.conv(short, 8, 64), hand.conv(long, 8, 80)) == {"copy": 2, "conv": 1}
 
 
+@pytest.mark.parametrize("target", [aten.relu_.default, None])
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_what_does_not_fit_is_for_the_concat_to_tell(target: Any, size: int) -> None:
+    """A copy would spread one pixel over a place, and an op that writes elsewhere would resize it."""
+    hand = Hand()
+    halved = hand.conv(hand.call(aten.max_pool2d.default, hand.x, [2, 2]), 16, 32, aten.conv2d.default)
+    halved = halved if target is None else hand.call(target, halved)
+    strided = hand.call(ours.gather_conv2d.default, *hand.conv(hand.x, 16, 32).args, [2, 2])
+    hand.graph.output((hand.conv(hand.cat(strided, halved), 8, 32),))
+    hand.graph.eliminate_dead_code()
+    module = ChanoptModule(hand.root, hand.graph)
+    assert write_into_rooms(module) is not None
+    with torch.no_grad():
+        assert module(torch.randn(2, 24, 6, 6, dtype=torch.float64))[0].shape[2:] == (3, 3)
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            module(torch.randn(2, 24, size, size, dtype=torch.float64))
+
+
+def test_types_are_promoted_as_by_a_concat() -> None:
+    hand = Hand()
+    wide = hand.call(aten.add.Tensor, hand.conv(hand.x, 16, 32), hand.call(aten.ones.default, [1, 1, 1, 1]))
+    joined = hand.cat(hand.conv(hand.x, 16, 32), wide)
+    hand.graph.output((joined, hand.conv(hand.x, 8, 32)))
+    module = ChanoptModule(hand.root, hand.graph).float()
+    assert write_into_rooms(module) is not None
+    for node in module.graph.find_nodes(op="call_function", target=aten.ones.default):
+        node.kwargs = {"dtype": torch.float64}
+    module.recompile()
+    x = torch.randn(2, 24, 6, 6)
+    with torch.no_grad():
+        quick = module(x)[0]
+    assert quick.dtype == module(x)[0].dtype == torch.float64
+    assert torch.equal(quick, module(x)[0])
+
+
+def test_channels_that_nothing_tells_are_left_to_the_concat() -> None:
+    """A weight that is computed, or is gone; a slice to a size known only at run time, or with fewer bounds."""
+    hand = Hand()
+    first = hand.conv(hand.x, 16, 32)
+    scaled = hand.call(aten.mul.Tensor, hand.conv(hand.x, 16, 32, aten.conv2d.default).args[1], 2)
+    computed = hand.call(aten.conv2d.default, hand.x, scaled)
+    batch = hand.call(aten.sym_size.int, hand.x, 0)
+    open_end = hand.call(aten.slice.Tensor, first, 1, 0, batch)
+    from_four = hand.call(aten.slice.Tensor, first, 1, 8)
+    all_of_it = hand.call(aten.slice.Tensor, first, 1)
+    joined = [hand.cat(hand.conv(hand.x, 16, 32), piece) for piece in (computed, open_end)]
+    known = hand.cat(hand.conv(hand.x, 16, 32), hand.call(aten.relu.default, from_four))
+    whole = hand.cat(hand.conv(hand.x, 16, 32), all_of_it)
+    assert hand.found(*joined, known, whole) == {"cat": 2, "conv": 2, "copy": 1, "pointwise": 1}
+
+
+def test_a_weight_that_is_gone_is_no_matter_for_the_code() -> None:
+    hand = Hand()
+    joined = hand.cat(hand.conv(hand.x, 16, 32), hand.conv(hand.x, 16, 32))
+    hand.graph.output((joined,))
+    module = ChanoptModule(hand.root, hand.graph)
+    del module._parameters[next(iter(module._parameters))]
+    assert module.recompile() is not None
+
+
+def test_what_is_written_over_before_others_read_it() -> None:
+    """Graphs that are edited by hand may do so."""
+    hand = Hand()
+    conv = hand.conv(hand.x, 16, 32, aten.conv2d.default)
+    over = hand.cat(hand.call(aten.relu_.default, conv), hand.conv(hand.x, 16, 32))
+    inner = hand.cat(hand.x, hand.x)
+    hand.call(aten.relu_.default, inner)
+    outer = hand.cat(inner, hand.conv(hand.x, 16, 32))
+    assert hand.found(hand.conv(over, 8, 32), conv, hand.conv(outer, 8, 80)) == {"cat": 2, "copy": 1, "conv": 1}
+
+
 def test_a_concat_of_single_images_is_not_of_channels() -> None:
     """Without a batch, the second axis is the height."""
     hand = Hand()
@@ -381,6 +452,7 @@ class TestWhenItIsLeftAlone:
     @torch.no_grad()
     def test_it_is_an_ordinary_module_otherwise(self) -> None:
         x = images()
+        assert copy.deepcopy(self.fast).to("meta")(x.to("meta")).shape == (2, 8, 6, 6)
         assert list(inspect.signature(self.fast.forward).parameters) == ["x"]
         for other in (fx.symbolic_trace(self.fast), pickle.loads(pickle.dumps(self.fast)), make_fx(self.fast)(x)):
             assert torch.equal(other(x), self.fast(x))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.graph import PythonCode
 
-from chanopt.codegen.rooms import write_into_rooms
+from chanopt.codegen.rooms import UnfitError, write_into_rooms
 from chanopt.codegen.torch_names import is_transformed
 
 
@@ -36,7 +37,10 @@ class ChanoptModule(fx.GraphModule):
 def _either(plain: Callable[..., Any], quick: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(plain)  # torch.export and torch.fx ask for the names of the arguments
     def forward(self: ChanoptModule, *args: Any, **kwargs: Any) -> Any:
-        return (quick if _wants_outputs(*args, *kwargs.values()) else plain)(self, *args, **kwargs)
+        if _wants_outputs(*args, *kwargs.values()):
+            with suppress(UnfitError):
+                return quick(self, *args, **kwargs)
+        return plain(self, *args, **kwargs)
 
     return forward
 
@@ -45,4 +49,8 @@ def _wants_outputs(*args: Any) -> bool:
     """Whether a call is for its outputs alone: nothing is differentiated, traced, transformed or cast on the way."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return False
-    return all(type(arg) is Tensor and not torch.is_autocast_enabled(arg.device.type) for arg in args)
+    return all(type(arg) is Tensor and not _is_cast(arg.device.type) for arg in args)
+
+
+def _is_cast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -1,8 +1,9 @@
 """Concats without copies: what is joined is written where the concat would put it, one memory for all that begin alike.
 
 Only for graphs with convs that gather while they load (``chanopt::gather_conv2d``), which write into a slice of memory
-and read one as quickly as a tensor of its own. On a CPU this was measured and does not pay: what a concat copies lies in
-the cache, and operators that write into a slice are slower for it. Inductor, given this form, copies as much as before.
+and read one as quickly as a tensor of its own. On a CPU this was measured and does not pay: what a concat copies lies
+in the cache, and operators that write into a slice are slower for it. Inductor, given this form, copies as much as
+before.
 
 A room is the memory of one concat, and of every other that joins the same tensors and fewer: DenseNet's layers each
 join what all before them have made, and copy it once instead of once a layer (Pleiss et al., Memory-Efficient
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from chanopt.codegen.torch_names import OpOverload, parameters
+from chanopt.codegen.torch_names import OpOverload, is_mutable, parameters
 from chanopt.kernels import GROUP, Call
 
 aten = torch.ops.aten
@@ -74,7 +75,8 @@ def write_into_rooms(module: fx.GraphModule) -> fx.Graph | None:
 
     It computes the same, bit for bit, and cannot be differentiated.
     """
-    if not module.graph.find_nodes(op="call_function", target=_CONV):
+    convs = module.graph.find_nodes(op="call_function", target=_CONV)
+    if not convs or any(_tensor(module, node) is None for node in module.graph.find_nodes(op="get_attr")):
         return None
     graph = deepcopy(module.graph)
     channels = _channels(module, graph)
@@ -110,6 +112,8 @@ def _fits(node: fx.Node, pieces: tuple[fx.Node, ...], room: _Room) -> bool:
     """
     if room.pieces[: len(pieces)] != pieces or room.ends[-1] % GROUP or _is_written(next(iter(room.cats))):
         return False
+    if any(_is_overwritten(piece) for piece in pieces):
+        return False
     return all(_takes_slice(user, room) for user in node.users)
 
 
@@ -119,27 +123,45 @@ def _writes(piece: fx.Node, span: tuple[int, int], room: _Room) -> bool:
         return False
     if piece.target is _CONV:
         return not any(end % GROUP for end in (*span, room.ends[-1]))
-    return piece.target in _OUT
+    if piece.target not in _OUT:
+        return False
+    # What is written over may be read by others, but not if it is no longer written over.
+    operand: Any = piece.args[0]
+    return piece.target is aten.relu.default or len(operand.users) == 1
 
 
 def _channels(module: fx.GraphModule, graph: fx.Graph) -> dict[fx.Node, int]:
     """Channels of the images whose number the graph itself tells: from the convs on."""
     found: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        if node.op != "call_function" or not node.args:
+        if node.op != "call_function" or not node.args or (node.kwargs and node.target is aten.slice.Tensor):
             continue
         first = node.args[0]
         if node.target in (_CONV, aten.conv2d.default):
-            found[node] = attrgetter(str(node.args[1].target))(module).shape[0]
+            weight = _tensor(module, node.args[1])
+            if weight is not None:
+                found[node] = weight.shape[0]
         elif node.target in _CHANNELWISE and first in found:
             found[node] = found[first]
         elif node.target in _BROADCAST and (wide := [found[arg] for arg in node.args if found.get(arg, 1) > 1]):
             found[node] = wide[0]
-        elif node.target is aten.slice.Tensor and first in found and node.args[1] == 1:
-            found[node] = len(range(found[first])[slice(*node.args[2:])])
+        elif node.target is aten.slice.Tensor and first in found and node.args[1:2] == (1,):
+            start, stop, step = (*node.args[2:], None, None, None)[:3]
+            if all(bound is None or isinstance(bound, int) for bound in (start, stop, step)):
+                found[node] = len(range(found[first])[start:stop:step])
         elif _is_concat(node) and all(piece in found for piece in first):
             found[node] = sum(found[piece] for piece in first)
     return found
+
+
+def _tensor(module: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor of the module that a node stands for; None if it is computed, or gone."""
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    try:
+        return attrgetter(str(node.target))(module)
+    except AttributeError:
+        return None
 
 
 def _is_concat(node: fx.Node) -> bool:
@@ -152,7 +174,8 @@ def _pieces(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
     for node in graph.nodes:
         if _is_concat(node):
             pieces = tuple(part for piece in node.args[0] for part in found.get(piece, (piece,)))
-            if len(pieces) <= _MOST and not any(_is_concat(piece) for piece in pieces):
+            written = any(_is_written(piece) for piece in node.args[0] if piece in found)
+            if len(pieces) <= _MOST and not written and not any(_is_concat(piece) for piece in pieces):
                 found[node] = pieces
     return found
 
@@ -176,6 +199,10 @@ def _is_written(node: fx.Node) -> bool:
     """Whether anybody writes into a value, or sees its memory and might."""
     seen = [user.target for user in node.users if isinstance(user.target, OpOverload)]
     return any(parameter.alias_info is not None for operator in seen for parameter in parameters(operator))
+
+
+def _is_overwritten(node: fx.Node) -> bool:
+    return any(isinstance(user.target, OpOverload) and is_mutable(user.target) for user in node.users)
 
 
 def _write(room: _Room, graph: fx.Graph) -> None:
@@ -215,25 +242,45 @@ def _memory(piece: fx.Node, room: _Room, graph: fx.Graph) -> fx.Node:
 def _put(piece: fx.Node, goal: fx.Node, room: _Room, graph: fx.Graph) -> None:
     """Write a piece to its place."""
     if piece not in room.own:
+        graph.call_function(require_fit, (goal, piece))
         graph.call_function(aten.copy_.default, (goal, piece))
     elif piece.target is _CONV:
+        graph.call_function(require_conv_fits, (goal, *piece.args))
         graph.call_function(torch.ops.chanopt.gather_conv2d_into.default, (goal, *piece.args), piece.kwargs)
     else:
         form, more = _OUT[piece.target]
+        graph.call_function(require_fit, (goal, piece.args[0]))
         graph.call_function(form, (*piece.args, *more), {**piece.kwargs, "out": goal})
+
+
+class UnfitError(Exception):
+    """What is joined is not of one size or one type, or no image: the concat knows what to do, or to say."""
 
 
 def room_like(channels: int, image: Tensor) -> Tensor:
     """Memory for so many channels of an image's size, channels last; nothing is in it yet."""
-    batch, _, height, width = image.shape
-    return _empty((batch, channels, height, width), image)
+    if image.ndim != 4:
+        raise UnfitError
+    return _empty((image.shape[0], channels, *image.shape[2:]), image)
 
 
 def room_of_conv(channels: int, *operands: Any) -> Tensor:
     """Memory for so many channels of the size of a conv's result; `operands` are those of ``gather_conv2d``."""
     call = Call(*operands)
-    batch, _, height, width = call.output_shape
-    return _empty((batch, channels, height, width), call.x)
+    return _empty((call.output_shape[0], channels, *call.output_shape[2:]), call.x)
+
+
+def require_fit(goal: Tensor, piece: Tensor) -> None:
+    """Raise UnfitError unless a piece has the size and the type of its place: a copy would spread or convert it."""
+    if goal.shape != piece.shape or goal.dtype != piece.dtype:
+        raise UnfitError
+
+
+def require_conv_fits(goal: Tensor, *operands: Any) -> None:
+    """The same of a conv's result."""
+    call = Call(*operands)
+    if goal.shape != call.output_shape or goal.dtype != call.x.dtype:
+        raise UnfitError
 
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
