@@ -120,3 +120,25 @@ def test_parameters_and_buffers_are_not_written_to() -> None:
     with torch.no_grad():
         fast(*image()(2, torch.float32, 1))
     assert all(torch.equal(before[name], tensor) for name, tensor in fast.state_dict().items())
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda n, x: (n.a(x) + x).relu(),
+        lambda n, x: (x + n.a(x)).relu(),
+        lambda n, x: (n.a(x) + F.softmax(n.b(x), 1)).relu(),
+        lambda n, x: (F.max_pool2d(n.a(x), 3, 1, 1) + n.b(n.a(x))).relu(),
+    ],
+)
+def test_under_autocast_sums_are_as_wide_as_eager_pytorch_has_them(body: Any, channels_last: bool) -> None:
+    """A sum that is written over what a conv has made is as narrow as that."""
+    net = randomise(Net(body, a=conv(8, 8), b=conv(8, 8))).eval()
+    x = torch.randn(2, 8, 6, 6)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    fast = chanopt.optimize(net, (x,))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found, expected = fast(x), net(x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)

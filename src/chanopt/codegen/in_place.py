@@ -5,8 +5,13 @@ Only where autograd allows it: the operand is fresh from an op whose backward do
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 import torch
 from torch import fx
+
+import chanopt.kernels  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from chanopt.codegen.torch_names import OpOverload
 
 aten = torch.ops.aten
 
@@ -17,6 +22,18 @@ _FRESH = frozenset(
         *(aten.add.Tensor, aten.add_.Tensor, aten.addmm.default),
     }
 )
+_NARROWED = frozenset(
+    {
+        *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default, aten.addmm.default),
+        *(aten.conv2d.padding, aten.conv_transpose2d.input, aten.matmul.default, aten.bmm.default),
+        torch.ops.chanopt.gather_conv2d.default,
+    }
+)
+_WIDENED = frozenset(
+    {aten.softmax.int, aten.log_softmax.int, aten.layer_norm.default, aten.group_norm.default, aten.pow.Tensor_Scalar}
+    | {aten.exp.default, aten.log.default, aten.rsqrt.default, aten.sum.dim_IntList, aten.cumsum.default}
+)
+"""Operators that autocast computes in float32, on one device or another."""
 _VIEWS = frozenset({aten.permute.default, aten.unflatten.int})
 _UNARY = {
     aten.relu.default: aten.relu_.default,
@@ -39,18 +56,40 @@ def write_in_place(graph: fx.Graph, shapes: dict[fx.Node, tuple[tuple[int | str,
         shapes: sizes and dtype of the nodes that stand for values: an add may only write over an operand of its own
             size and type.
     """
+    narrowed = _narrowed(graph)
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in _UNARY and _is_own(node.args[0], node) and _is_invertible(node):
             node.target = _UNARY[node.target]
         elif node.target is aten.add.Tensor and not node.kwargs:
-            _add(node, shapes)
+            _add(node, shapes, narrowed)
 
 
-def _add(node: fx.Node, shapes: dict[fx.Node, tuple[tuple[int | str, ...], str]]) -> None:
+def _narrowed(graph: fx.Graph) -> set[fx.Node]:
+    """What autocast makes narrower: convs and matrix products, and what is computed of these alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target not in _WIDENED:
+            operands = [operand for operand in node.all_input_nodes if _is_computed(operand)]
+            if node.target in _NARROWED or (operands and all(operand in found for operand in operands)):
+                found.add(node)
+    return found
+
+
+def _is_computed(node: fx.Node) -> bool:
+    """Whether a node is a tensor that depends on the inputs, and no parameter or size."""
+    sizes = node.target is aten.sym_size.int or not isinstance(node.target, OpOverload)
+    return node.op == "placeholder" or (node.op == "call_function" and not sizes)
+
+
+def _add(
+    node: fx.Node, shapes: dict[fx.Node, tuple[tuple[int | str, ...], str]], narrowed: AbstractSet[fx.Node]
+) -> None:
     left, right = node.args
     for operand, other in ((left, right), (right, left)):
+        if operand in narrowed and other not in narrowed:
+            continue  # under autocast the sum is wider than this operand
         same = isinstance(operand, fx.Node) and operand in shapes and shapes[operand] == shapes.get(node)
         if same and isinstance(other, fx.Node) and other is not operand and _is_own(operand, node):
             node.target, node.args = aten.add_.Tensor, (operand, other)
