@@ -73,7 +73,8 @@ class _Room:
 def write_into_rooms(module: fx.GraphModule) -> fx.Graph | None:
     """The module's graph with concats written by those who make what is joined; None if no copy is saved so.
 
-    It computes the same, bit for bit, and cannot be differentiated.
+    It computes the same, in channels last bit for bit, and cannot be differentiated. It raises :class:`UnfitError` for
+    inputs at whose sizes, or types, what is joined does not fit together.
     """
     convs = module.graph.find_nodes(op="call_function", target=_CONV)
     if not convs or any(_tensor(module, node) is None for node in module.graph.find_nodes(op="get_attr")):
