@@ -402,3 +402,9 @@ def test_a_weight_that_is_trained_in_part_is_trained(x: Tensor) -> None:
     net.left.parametrizations.weight.original0.requires_grad_(False)  # the lengths; the directions stay
     made = chanopt.optimize(net.eval(), (x,))
     assert made.get_parameter("left.weight").requires_grad
+
+
+def test_plans_from_before_weights_could_be_frozen_are_read(fast: fx.GraphModule, text: str) -> None:
+    data = json.loads(text)
+    data["weights"] = {name: form[:3] for name, form in data["weights"].items()}
+    assert chanopt.Plan.from_json(json.dumps(data)) == chanopt.Plan.from_json(text) == chanopt.Plan.of(fast)

@@ -66,8 +66,14 @@ class Form:
         return nn.Parameter(made, requires_grad=False) if self.frozen else made
 
     def to_json(self) -> list[Any]:
-        """The fields in order; the last is left out if it is no."""
-        return [self.dtype, list(self.shape), self.channels_last, *[True][: self.frozen]]
+        """The fields in order."""
+        return [self.dtype, list(self.shape), self.channels_last, self.frozen]
+
+    @classmethod
+    def from_json(cls, data: Any) -> Form:
+        """A form out of :meth:`to_json`; files of before it had a last field have nothing frozen."""
+        dtype, shape, *flags = data
+        return cls(str(dtype), tuple(map(int, shape)), *map(bool, flags))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +194,7 @@ class Plan:
     def _read(cls, data: Any) -> Plan:
         program = parse("\n".join(data["program"]))
         require_harmless(program)
-        weights = {
-            str(name): Form(str(dtype), tuple(map(int, shape)), *map(bool, flags))
-            for name, (dtype, shape, *flags) in data["weights"].items()
-        }
+        weights = {str(name): Form.from_json(form) for name, form in data["weights"].items()}
         hints = {str(size): int(hint) for size, hint in data["hints"].items()}
         about = data["architecture"]
         tensors = {str(name): tuple(map(int, shape)) for name, shape in about["tensors"].items()}
