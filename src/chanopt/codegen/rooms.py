@@ -1,9 +1,9 @@
 """Concats without copies: what is joined is written where the concat would put it, one memory for all that begin alike.
 
-Only for graphs with convs that gather while they load (``chanopt::gather_conv2d``), which write into a slice of memory
-and read one as quickly as a tensor of its own. On a CPU this was measured and does not pay: what a concat copies lies
-in the cache, and operators that write into a slice are slower for it. Inductor, given this form, copies as much as
-before.
+Only for graphs with convs that gather while they load (``chanopt::gather_conv2d``), which can write into a slice of
+memory and read one: on a CPU, operators that write into slices were no quicker than others and a concat, and Inductor,
+given this form, copies as much as before. Counts of channels are read off the graph, not taken from the program: so
+copies, edited graphs and graphs out of files have rooms as well.
 
 A room is the memory of one concat, and of every other that joins the same tensors and fewer: DenseNet's layers each
 join what all before them have made, and copy it once instead of once a layer (Pleiss et al., Memory-Efficient
@@ -135,7 +135,7 @@ def _channels(module: fx.GraphModule, graph: fx.Graph) -> dict[fx.Node, int]:
     """Channels of the images whose number the graph itself tells: from the convs on."""
     found: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        if node.op != "call_function" or not node.args or (node.kwargs and node.target is aten.slice.Tensor):
+        if node.op != "call_function" or not node.args:
             continue
         first = node.args[0]
         if node.target in (_CONV, aten.conv2d.default):
@@ -146,7 +146,7 @@ def _channels(module: fx.GraphModule, graph: fx.Graph) -> dict[fx.Node, int]:
             found[node] = found[first]
         elif node.target in _BROADCAST and (wide := [found[arg] for arg in node.args if found.get(arg, 1) > 1]):
             found[node] = wide[0]
-        elif node.target is aten.slice.Tensor and first in found and node.args[1:2] == (1,):
+        elif node.target is aten.slice.Tensor and first in found and node.args[1:2] == (1,) and not node.kwargs:
             start, stop, step = (*node.args[2:], None, None, None)[:3]
             if all(bound is None or isinstance(bound, int) for bound in (start, stop, step)):
                 found[node] = len(range(found[first])[start:stop:step])
