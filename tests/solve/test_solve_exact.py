@@ -8,9 +8,10 @@ import random
 import pytest
 
 from chanopt.solve import Block, Edge, Instance, Pin, Preference, Reader, solve
-from chanopt.solve.conflicts import _conflicting_regions
+from chanopt.solve.conflicts import _conflicting_regions, shrink, widen
 from chanopt.solve.master import Master
-from chanopt.solve.problem import Scale, split
+from chanopt.solve.pqtree import PQTree, mask_of
+from chanopt.solve.problem import Item, Scale, insert, split
 from chanopt.solve.search import _Search
 from tests.solve.brute import is_run, optimum, random_instances
 
@@ -151,6 +152,33 @@ def test_table_of_three_sets() -> None:
             is_run(len(regions), [atom for atom, region in enumerate(regions) if region >> s & 1]) for s in range(3)
         ]
         assert found == (not (rows[0] & rows[1] & rows[2]).any())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_regions_and_trees_tell_the_same_families(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every minimal conflict of nested and of free sets is widened alike."""
+    rng = random.Random(seed)
+    chain = rng.sample(range(24), 24)
+    sets = [rng.sample(range(24), rng.randint(2, 20)) for _ in range(6)] + [chain[: 3 * i] for i in range(1, 7)]
+    items = [Item(mask_of(members), (), 0, 1, (n,)) for n, members in enumerate(sets)]
+    tree, held, cores = PQTree(24), list[int](), list[list[int]]()
+    for number, item in enumerate(items):
+        if insert(tree, item):
+            held.append(number)
+        else:
+            cores.append(shrink(PQTree(24), number, held, items))
+    assert cores
+    by_regions = [widen(PQTree(24), core, range(len(items)), items) for core in cores]
+    monkeypatch.setattr("chanopt.solve.conflicts._MOST_SETS", 0)
+    assert by_regions == [widen(PQTree(24), core, range(len(items)), items) for core in cores]
+    assert max(map(len, by_regions)) > 3
+
+
+@pytest.mark.parametrize("length", [8, 9, 10, 60])
+def test_a_long_cycle_of_sets_is_one_conflict(length: int) -> None:
+    readers = [Reader(f"r{i}", (i, (i + 1) % length), 10 + i) for i in range(length)]
+    solution = solve(Instance(length, tuple(readers)))
+    assert (solution.gathered, solution.optimal) == (("r0",), True)
 
 
 # Tucker, "A structure theorem for the consecutive 1's property", J. Combin. Theory B 12 (1972), theorem 9.

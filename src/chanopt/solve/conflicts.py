@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import combinations, pairwise
 from typing import TypeAlias
 
@@ -45,7 +45,9 @@ _MOST_ITEMS = 128
 """The test of all triples takes about 0.3 s for as many items; with more, every cut comes from the trees."""
 _MOST_CLIQUES = 3000
 _MOST_CUTS = 1000
-_MOST_TREES = 100
+_MOST_CHOICES = 100
+_MOST_SETS = 8
+"""The regions of so many sets are still a number of a few hundred bits."""
 _MOST_STEPS = 600
 
 
@@ -321,21 +323,82 @@ def widen(base: PQTree, core: Sequence[int], candidates: Iterable[int], items: S
 
     A candidate joins if it conflicts, on top of a tree, with every choice of one item less from the family.
     """
-    rank = len(core) - 1
-    family = list(core)
-    trees = [_tree(base, chosen, items) for chosen in combinations(family, rank)]
+    rank, family = len(core) - 1, list(core)
+    plain = rank < _MOST_SETS and base.is_free and not any(item.sequence for item in items)
+
+    def choose(numbers: Iterable[int]) -> _Regions | _Tree:
+        chosen = [items[number] for number in numbers]
+        return _Regions.of(base.root.mask, chosen) if plain else _Tree.of(base, chosen)
+
+    choices = [choose(chosen) for chosen in combinations(family, rank)]
     for candidate in candidates:
-        if candidate in family or len(trees) > _MOST_TREES:
+        if candidate in family or len(choices) > _MOST_CHOICES:
             continue
-        if any(insert(tree.copy(), items[candidate]) for tree in trees if tree is not None):
+        if any(choice.admits(items[candidate]) for choice in choices):
             continue
         if rank:
-            trees += [_tree(base, (*chosen, candidate), items) for chosen in combinations(family, rank - 1)]
+            choices += [choose((*chosen, candidate)) for chosen in combinations(family, rank - 1)]
         family.append(candidate)
     return family
 
 
-def _tree(base: PQTree, chosen: Iterable[int], items: Sequence[Item]) -> PQTree | None:
-    """Return the tree of chosen items; None if they conflict."""
-    tree = base.copy()
-    return tree if all(insert(tree, items[number]) for number in chosen) else None
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """The tree of some items; None if they conflict."""
+
+    tree: PQTree | None
+
+    @classmethod
+    def of(cls, base: PQTree, items: Iterable[Item]) -> _Tree:
+        """Insert items into a copy of a tree."""
+        tree = base.copy()
+        return cls(tree if all(insert(tree, item) for item in items) else None)
+
+    def admits(self, item: Item) -> bool:
+        """Whether the items and one more hold together."""
+        return self.tree is not None and insert(self.tree.copy(), item)
+
+
+@dataclass(frozen=True, slots=True)
+class _Regions:
+    """The regions of the Venn diagram of some sets that are not empty: the sets that hold each, and its atoms.
+
+    Where nothing else constrains the order, whether sets conflict depends on these alone, not on the number of atoms:
+    a small question, which is asked again and again.
+    """
+
+    regions: tuple[tuple[int, int], ...]
+    """Bit s of the first is set for set s."""
+    count: int
+
+    @classmethod
+    def of(cls, atoms: int, items: Sequence[Item]) -> _Regions:
+        """Divide a mask of atoms."""
+        regions = [(0, atoms)]
+        for number, item in enumerate(items):
+            parts = [
+                part
+                for sets, held in regions
+                for part in ((sets, held & ~item.mask), (sets | 1 << number, held & item.mask))
+            ]
+            regions = [part for part in parts if part[1]]
+        return cls(tuple(regions), len(items))
+
+    def admits(self, item: Item) -> bool:
+        """Whether the sets and one more hold together."""
+        mask, bit, found = item.mask, 1 << self.count, 0
+        for sets, held in self.regions:  # the innermost loop of all: no generators
+            inside = held & mask
+            if inside:
+                found |= 1 << (sets | bit)
+            if inside != held:
+                found |= 1 << sets
+        return _hold(found, self.count + 1)
+
+
+@lru_cache(maxsize=2**16)
+def _hold(regions: int, count: int) -> bool:
+    """Whether so many sets have an order; bit r is set if region r has atoms, those of the sets in the bits of r."""
+    codes = list(labels_of(regions))
+    tree = PQTree(len(codes))
+    return all(tree.reduce(at for at, code in enumerate(codes) if code >> s & 1) for s in range(count))

@@ -97,6 +97,11 @@ class PQTree:
         """The root node."""
         return self._root
 
+    @property
+    def is_free(self) -> bool:
+        """Whether every order is allowed."""
+        return all(child.kind is Kind.LEAF for child in self._root.children) and self._root.kind is not Kind.Q
+
     def __str__(self) -> str:
         return str(self._root)
 
