@@ -9,11 +9,14 @@ from chanopt.kernels.configs import Config, candidates, heuristic
 from chanopt.kernels.op import gather_conv2d
 from chanopt.kernels.problem import Covered, Kind, Problem, Reason, coverage
 from chanopt.kernels.tables import GROUP, Packed, pack, pack_depthwise, round_out, rounded
+from chanopt.kernels.tiles import tune
+from chanopt.kernels.tuner import Choice, Tuner
 
 __all__ = [
     "ACTIVATIONS",
     "GROUP",
     "Call",
+    "Choice",
     "Config",
     "Covered",
     "KernelError",
@@ -21,6 +24,7 @@ __all__ = [
     "Packed",
     "Problem",
     "Reason",
+    "Tuner",
     "candidates",
     "coverage",
     "gather_conv2d",
@@ -29,4 +33,5 @@ __all__ = [
     "pack_depthwise",
     "round_out",
     "rounded",
+    "tune",
 ]

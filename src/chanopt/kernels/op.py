@@ -82,7 +82,7 @@ def gather_conv2d(
     )  # fmt: skip
 
 
-def _call(
+def call_of(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -180,7 +180,7 @@ def _register(name: str, depthwise: bool) -> None:
     _LIBRARY.define(f"{name}_into(Tensor(a!) out, {_ARGUMENTS}, bool accumulate=False) -> ()", tags=_TAGS)
 
     def parse(args: Any, kwargs: Any) -> tuple[Call, Config | None]:
-        call, config = _call(*args, **kwargs)
+        call, config = call_of(*args, **kwargs)
         return replace(call, depthwise=depthwise).check(), config
 
     _register_functional(name, parse)
@@ -280,7 +280,7 @@ def _without_autocast(device: str) -> Any:
 
 def _setup_context(depthwise: bool) -> Callable[[Any, Any, Any], None]:
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        call, _ = _call(*inputs)
+        call, _ = call_of(*inputs)
         ctx.save_for_backward(*(getattr(call, name) for name in _TENSORS))
         # The dispatcher leaves out trailing defaults; autograd wants a gradient for what it passed.
         ctx.count = len(inputs)

@@ -21,6 +21,7 @@ from chanopt.errors import ChanoptError, LoadError
 from chanopt.frontend.capture import Captured, capture
 from chanopt.ir import Program, parse
 from chanopt.ir.edit import is_frozen
+from chanopt.kernels import Config, tiles
 from chanopt.report import Report
 from chanopt.saving.harmless import require_harmless
 
@@ -110,15 +111,18 @@ class Plan:
         weights: the forms of the tensors that the program cuts, by name.
         architecture: the model it was made from.
         report: what was done.
+        tiles: the tiles that :func:`chanopt.kernels.tune` pinned, by node of the module's graph.
     """
 
     program: Program
     weights: Mapping[str, Form]
     architecture: Architecture
     report: Report = field(compare=False)
+    tiles: Mapping[str, Config] = field(default_factory=dict[str, Config])
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
+        object.__setattr__(self, "tiles", MappingProxyType(dict(self.tiles)))
 
     def __reduce__(self) -> Any:
         return Plan.from_json, (self.to_json(),)
@@ -135,8 +139,8 @@ class Plan:
         """
         meta = module.meta if isinstance(module, fx.GraphModule) else {}
         plan, report = meta.get(_PLAN), meta.get(REPORT)
-        if isinstance(plan, Plan) and isinstance(report, Report):
-            return replace(plan, report=report)
+        if isinstance(module, fx.GraphModule) and isinstance(plan, Plan) and isinstance(report, Report):
+            return replace(plan, report=report, tiles=tiles.pinned(module))
         parts = [name for name, part in module.named_modules() if name and _has_plan(part)]
         if parts:
             raise ChanoptError(
@@ -157,6 +161,7 @@ class Plan:
                 "program": str(self.program).splitlines(),
                 "hints": dict(hints),
                 "weights": {name: form.to_json() for name, form in self.weights.items()},
+                "tiles": {name: config.to_list() for name, config in self.tiles.items()},
                 "architecture": {
                     "name": self.architecture.name,
                     "modules": list(self.architecture.modules),
@@ -203,6 +208,7 @@ class Plan:
             weights,
             Architecture(str(about["name"]), tuple(map(str, about["modules"])), tensors, str(about["calls"])),
             Report.from_json(json.dumps(data["report"])),
+            {str(name): Config.from_list(config) for name, config in data.get("tiles", {}).items()},
         )
         plan._bound().verify()
         return plan
@@ -219,9 +225,10 @@ class Plan:
         """
         try:
             module = self._bound().to_module()
+            assert isinstance(module, fx.GraphModule)
+            tiles.pin(module, self.tiles)
         except _UNREADABLE as error:
             raise LoadError(f"expected a plan that holds together, found {type(error).__name__}: {error}") from error
-        assert isinstance(module, fx.GraphModule)
         with torch.no_grad():
             for tensor in module.state_dict().values():
                 if tensor.is_floating_point() or tensor.is_complex():

@@ -1,0 +1,167 @@
+"""Tiles are measured for every kernel of a module, pinned in its graph, and kept by its plan and its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import chanopt
+from chanopt.errors import ChanoptError, LoadError
+from chanopt.kernels import Config, KernelError, Problem, Tuner, candidates, tune
+from chanopt.kernels.tiles import pin, pinned
+from chanopt.kernels.tuner import Work
+
+KERNEL = torch.ops.chanopt.gather_conv2d.default
+
+
+class Net(nn.Module):
+    """Two readers of halves; one adds the other and a bias behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.left, self.right = nn.Conv2d(64, 32, 1), nn.Conv2d(64, 32, 3, padding=1)
+
+    def forward(self, x: Tensor, *, shift: float = 0.0) -> Tensor:
+        y = self.stem(x).relu()
+        return (self.left(y) + self.right(y)).relu() + shift
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    made = Net().eval().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for layer in (made.left, made.right):
+            layer.weight[:, torch.randperm(64)[:32]] = 0
+    return made
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+
+
+@pytest.fixture
+def fast(x: Tensor) -> fx.GraphModule:
+    made = chanopt.optimize(net(), (x,), target="cuda")
+    assert isinstance(made, fx.GraphModule)
+    assert len(kernels(made)) == 2
+    return made
+
+
+@pytest.fixture
+def last_is_fastest(monkeypatch: pytest.MonkeyPatch) -> Tuner:
+    """A tuner whose clock goes down by candidate; what none but a GPU can run, runs nothing."""
+    monkeypatch.setattr(Work, "triton", lambda self, config: lambda i: None)
+    monkeypatch.setattr(Work, "rivals", lambda self: {})
+    times = iter(range(10**6, 0, -1))
+    return Tuner(measure=lambda run, buffers: float(next(times)), machine="a machine", tensors=torch.device("cpu"))
+
+
+def kernels(module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if node.target is KERNEL]
+
+
+def test_every_kernel_gets_the_tile_that_was_fastest_for_it(
+    fast: fx.GraphModule, x: Tensor, last_is_fastest: Tuner
+) -> None:
+    before = fast(x)
+    choices = tune(fast, (x,), tuner=last_is_fastest)
+    assert list(choices) == [node.name for node in kernels(fast)]
+    assert pinned(fast) == {name: choice.config for name, choice in choices.items()}
+    assert len(last_is_fastest.freeze()) == 2
+    assert torch.equal(fast(x), before)
+    with torch.no_grad():
+        assert torch.equal(fast(x), before)
+
+
+def test_the_problem_is_that_of_the_call(
+    fast: fx.GraphModule, x: Tensor, last_is_fastest: Tuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Problem] = []
+    choose = last_is_fastest.choose
+    monkeypatch.setattr(last_is_fastest, "choose", lambda problem: (seen.append(problem), choose(problem))[1])
+    choices = tune(fast, (x,), tuner=last_is_fastest)
+    alive = fast.get_parameter("stem.weight").shape[0]
+    assert {(p.kernel, p.batch, p.height, p.channels, p.dtype) for p in seen} == {
+        ((1, 1), 2, 8, alive, "fp32"),
+        ((3, 3), 2, 8, alive, "fp32"),
+    }
+    assert sorted(p.residual for p in seen) == ["add", "none"]
+    assert all(choice.config == candidates(p)[-1] for p, choice in zip(seen, choices.values(), strict=True))
+
+
+def test_plan_and_files_keep_tiles(fast: fx.GraphModule, x: Tensor, last_is_fastest: Tuner, tmp_path: Path) -> None:
+    tune(fast, (x,), tuner=last_is_fastest)
+    tiles = pinned(fast)
+    assert len(tiles) == 2
+    plan = chanopt.Plan.of(fast)
+    text = plan.to_json()
+    assert dict(chanopt.Plan.from_json(text).tiles) == dict(plan.tiles) == tiles
+    slim = chanopt.apply_plan(net(), text)
+    slim.load_state_dict(fast.state_dict())
+    assert pinned(slim) == tiles
+    assert torch.equal(slim(x), fast(x))
+    chanopt.save(fast, tmp_path / "slim.pt2")
+    loaded = chanopt.load(tmp_path / "slim.pt2")
+    assert pinned(loaded) == tiles
+    assert torch.equal(loaded(x), fast(x))
+    exported = torch.export.export(fast, (x,)).module()
+    assert [list(node.args[13]) for node in kernels(exported)] == [tiles[node.name].to_list() for node in kernels(fast)]
+
+
+def test_without_a_gpu_nothing_is_pinned(fast: fx.GraphModule, x: Tensor) -> None:
+    choices = tune(fast, (x,))
+    assert [choice.measured for choice in choices.values()] == [False, False]
+    assert pinned(fast) == {}
+    assert chanopt.Plan.of(fast).tiles == {}
+
+
+def test_tiles_can_be_pinned_again_and_in_part(fast: fx.GraphModule, x: Tensor) -> None:
+    first, second = (node.name for node in kernels(fast))
+    pin(fast, {first: Config(64, 64, 32, 4, 4), second: Config(32, 32, 32, 4, 2)})
+    pin(fast, {first: Config(128, 64, 32, 4, 3)})
+    assert pinned(fast) == {first: Config(128, 64, 32, 4, 3), second: Config(32, 32, 32, 4, 2)}
+    assert [len(node.args) for node in kernels(fast)] == [14, 14]
+
+
+def test_keyword_inputs_and_modules_without_kernels(x: Tensor, last_is_fastest: Tuner) -> None:
+    fast = chanopt.optimize(net(), (x,), {"shift": 0.5}, target="cuda")
+    assert isinstance(fast, fx.GraphModule)
+    assert len(tune(fast, (x,), {"shift": 0.5}, tuner=last_is_fastest)) == 2
+    plain = chanopt.optimize(net(), (x,))
+    assert isinstance(plain, fx.GraphModule)
+    assert tune(plain, (x,)) == {}
+    with pytest.raises(ChanoptError, match="expected a module made by chanopt.optimize, found a Net"):
+        tune(net(), (x,))
+    with pytest.raises(KernelError, match="expected the tile of one of the kernels"):
+        pin(fast, {"stem": Config(64, 64, 32, 4, 4)})
+
+
+def test_plans_from_before_tiles_could_be_pinned_are_read(fast: fx.GraphModule) -> None:
+    data = json.loads(chanopt.Plan.of(fast).to_json())
+    del data["tiles"]
+    assert chanopt.Plan.from_json(json.dumps(data)).tiles == {}
+
+
+WRONG: list[Callable[[str], Any]] = [
+    lambda name: {"nothing": [64, 64, 32, 4, 4]},
+    lambda name: {name: [64, 64, 33, 4, 4]},
+    lambda name: {name: [64, 64]},
+    lambda name: {name: "tile"},
+    lambda name: [name],
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_plan_with_a_tile_that_is_none(fast: fx.GraphModule, wrong: Callable[[str], Any]) -> None:
+    data = json.loads(chanopt.Plan.of(fast).to_json())
+    data["tiles"] = wrong(kernels(fast)[0].name)
+    with pytest.raises(LoadError):
+        chanopt.Plan.from_json(json.dumps(data)).module()
