@@ -14,7 +14,7 @@ It needs torch 2.11 and Triton 3.6 or newer, and no network, solver or peer: the
 5. each residual reader of three networks at half of its channels, batch 1 and 64: our kernel, cuDNN on a compact input
    (the floor), cuDNN after index_select, after a channels-last gather, after a slice, and on all channels with zeros;
 6. whole networks, dense, with naive gathers, in UPSCALE's order, and by chanopt: eager, in a CUDA graph, and compiled
-   by Inductor in a CUDA graph.
+   by Inductor in a CUDA graph; chanopt's in a CUDA graph once more after `chanopt.kernels.tune`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,12 +40,13 @@ import torch  # noqa: E402
 from torch import Tensor, fx  # noqa: E402
 
 from benchmarks.gpu_plans import MODELS, PLANS, VARIANTS, load, plan_path  # noqa: E402
-from chanopt.kernels import Call, Config, Kind, Problem, candidates, coverage, pack, pack_depthwise  # noqa: E402
+from chanopt.kernels import Call, Config, Kind, Problem, candidates, coverage, pack, pack_depthwise, tune  # noqa: E402
 from chanopt.kernels.configs import fits, listed  # noqa: E402
 from chanopt.kernels.launch import constants, launch  # noqa: E402
 from chanopt.kernels.problem import DTYPES, VECTOR, Covered  # noqa: E402
 from chanopt.kernels.reference import reference  # noqa: E402
-from chanopt.kernels.tuner import Choice, Measure, Tuner, Work, fused_conv, graph_time, wall_time  # noqa: E402
+from chanopt.kernels.rivals import fused_conv  # noqa: E402
+from chanopt.kernels.tuner import Choice, Measure, Tuner, Work, graph_time, wall_time  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = {"fp32 ieee": 1e-5, "fp32 tf32": 1.5e-3, "fp16": 2e-3, "bf16": 1e-2}
@@ -468,21 +470,42 @@ def predictions(sums: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     return made
 
 
-def time_networks(bench: Bench, names: Sequence[str], folder: Path, modes: Sequence[str]) -> list[dict[str, Any]]:
+def time_networks(
+    bench: Bench, names: Sequence[str], folder: Path, modes: Sequence[str], tuner: Tuner
+) -> list[dict[str, Any]]:
     """Milliseconds of whole networks, and that chanopt's graphs compute in half precision what they do in float64."""
     rows: list[dict[str, Any]] = []
     for mode in modes:
         for name in names:
-            for variant in VARIANTS:
+            for variant in VARIANTS if mode != "tuned" else ("chanopt",):
                 for batch in (1,) if bench.dry else (64, 1) if mode != "inductor" else (64,):
-                    rows += _network(bench, name, variant, batch, mode, folder)
+                    rows += _network(bench, name, variant, batch, mode, folder, tuner)
     return rows
 
 
-def _network(bench: Bench, name: str, variant: str, batch: int, mode: str, folder: Path) -> list[dict[str, Any]]:
+_SECONDS = {"inductor": 100, "tuned": 60}
+"""What a network takes at most, by mode; elsewhere ten."""
+
+
+class _InTime(Tuner):
+    """Measures while there is time, and keeps the heuristic's tiles from then on."""
+
+    def __init__(self, tuner: Tuner, bench: Bench) -> None:
+        super().__init__(None, tuner.device, tuner.measure, tuner.machine, tuner.tensors)
+        self._given, self._bench = tuner, bench
+
+    def choose(self, problem: Problem) -> Choice:
+        """The given tuner's choice."""
+        late = self._bench.left() < _SECONDS["tuned"] / 2
+        return Choice("triton", self._heuristic(problem), {}) if late else self._given.choose(problem)
+
+
+def _network(
+    bench: Bench, name: str, variant: str, batch: int, mode: str, folder: Path, tuner: Tuner
+) -> list[dict[str, Any]]:
     path = plan_path(name, variant, folder)
     what = f"{name} {variant} batch {batch} {mode}"
-    if not path.exists() or bench.left() < (100 if mode == "inductor" else 10):
+    if not path.exists() or bench.left() < _SECONDS.get(mode, 10):
         bench.skip(what if path.exists() else f"{what}: no plan")
         return []
     half = torch.float32 if bench.dry else torch.half
@@ -494,6 +517,10 @@ def _network(bench: Bench, name: str, variant: str, batch: int, mode: str, folde
         row["error"] = _network_error(module, x, half)
     module = _half(module, half)
     given = x.to(half).contiguous(memory_format=torch.channels_last)
+    if mode == "tuned":
+        chosen = tune(module, (given,), tuner=_InTime(tuner, bench))
+        ways = Counter(choice.how for choice in chosen.values() if choice.measured)
+        row |= {"tuned": dict(ways), "not tuned": len(chosen) - ways.total()}
     run: Callable[[Tensor], Any] = torch.compile(module) if mode == "inductor" else module
     with torch.no_grad():
         if mode == "eager":
@@ -628,7 +655,7 @@ def run(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     found["layers"] = time_layers(bench, tuner)
     found["totals"] = totals(found["layers"])
     found["predictions"] = predictions(found["totals"])
-    found["networks"] = time_networks(bench, options.models, options.plans, options.modes)
+    found["networks"] = time_networks(bench, options.models, options.plans, options.modes, tuner)
     found["choices"] = tuner.freeze()
     found["seconds"] -= bench.left()
     return found
@@ -640,7 +667,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, kernels interpreted, sizes tiny")
     parser.add_argument("--minutes", type=float, default=7.0, help="nothing is begun after so many")
     parser.add_argument("--models", nargs="*", default=list(MODELS))
-    parser.add_argument("--modes", nargs="*", default=["eager", "graph", "inductor"])
+    parser.add_argument("--modes", nargs="*", default=["eager", "graph", "inductor", "tuned"])
     parser.add_argument("--plans", type=Path, default=PLANS)
     parser.add_argument("--out", type=Path, help="stem of the files; benchmarks/results/gpu unless it is a dry run")
     options = parser.parse_args(argv)

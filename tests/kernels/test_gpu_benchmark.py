@@ -190,7 +190,11 @@ def test_a_dry_run_without_solver_or_peers(tmp_path: Path) -> None:
     assert len(found["layers"]) == 3
     assert all(row["us"]["chanopt"] > 0 and row["us"]["zeros + cuDNN"] > 0 for row in found["layers"])
     modes = {(row["variant"], row["mode"]) for row in found["networks"]}
-    assert modes == {(v, m) for v in ("dense", "chanopt") for m in ("eager", "graph", "inductor")}
+    every = {(v, m) for v in ("dense", "chanopt") for m in ("eager", "graph", "inductor")}
+    assert modes == every | {("chanopt", "tuned")}
+    (tuned,) = (row for row in found["networks"] if row["mode"] == "tuned")
+    assert sum(tuned["tuned"].values()) > 0
+    assert tuned["not tuned"] == 0
     assert all(row["error"] < 1e-4 for row in found["networks"] if row["mode"] == "eager")
     assert "tiny naive batch 1 eager: no plan" in found["left_out"]
     page = (tmp_path / "gpu.md").read_text()

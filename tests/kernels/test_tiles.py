@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch import Tensor, fx, nn
 
 import chanopt
 from chanopt.errors import ChanoptError, LoadError
-from chanopt.kernels import Config, KernelError, Problem, Tuner, candidates, tune
+from chanopt.kernels import Call, Config, KernelError, Problem, Tuner, candidates, pack, tune
+from chanopt.kernels.configs import Rival, tile_of
+from chanopt.kernels.op import run_on_cuda
+from chanopt.kernels.reference import reference
 from chanopt.kernels.tiles import pin, pinned
 from chanopt.kernels.tuner import Work
 
@@ -53,6 +57,21 @@ def fast(x: Tensor) -> fx.GraphModule:
     assert isinstance(made, fx.GraphModule)
     assert len(kernels(made)) == 2
     return made
+
+
+@pytest.fixture
+def rivals_only(monkeypatch: pytest.MonkeyPatch) -> Tuner:
+    """A tuner to which no tile runs; "zeros" is the faster of what is left."""
+    times = iter([2.0, 1.0] * 9)
+
+    def none(self: Work, config: Config) -> Any:
+        def run(i: int) -> None:
+            raise RuntimeError("out of resources")
+
+        return run
+
+    monkeypatch.setattr(Work, "triton", none)
+    return Tuner(measure=lambda run, buffers: next(times), machine="a machine", tensors=torch.device("cpu"))
 
 
 @pytest.fixture
@@ -114,6 +133,54 @@ def test_plan_and_files_keep_tiles(fast: fx.GraphModule, x: Tensor, last_is_fast
     assert torch.equal(loaded(x), fast(x))
     exported = torch.export.export(fast, (x,)).module()
     assert [list(node.args[13]) for node in kernels(exported)] == [tiles[node.name].to_list() for node in kernels(fast)]
+
+
+def test_where_cudnn_is_faster_it_is_pinned(
+    fast: fx.GraphModule, x: Tensor, rivals_only: Tuner, tmp_path: Path
+) -> None:
+    choices = tune(fast, (x,), tuner=rivals_only)
+    assert [choice.how for choice in choices.values()] == ["zeros", "zeros"]
+    assert list(pinned(fast).values()) == [Rival.ZEROS, Rival.ZEROS]
+    assert [node.args[13] for node in kernels(fast)] == [[2], [2]]
+    assert chanopt.Plan.from_json(chanopt.Plan.of(fast).to_json()).tiles == pinned(fast)
+    chanopt.save(fast, tmp_path / "slim.pt2")
+    loaded = chanopt.load(tmp_path / "slim.pt2")
+    assert pinned(loaded) == pinned(fast)
+    assert torch.equal(loaded(x), fast(x))
+
+
+@pytest.mark.parametrize("rival", Rival)
+@pytest.mark.parametrize("memory", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("prologue", [False, True])
+def test_rivals_compute_the_same(rival: Rival, memory: torch.memory_format, prologue: bool) -> None:
+    """In float64; groups are filled up with channels that another group has too."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 48, 7, 5, dtype=torch.float64).contiguous(memory_format=memory)
+    weight = torch.randn(16, 5, 3, 3, dtype=torch.float64)
+    parts = {name: torch.rand(5, dtype=torch.float64) for name in ("scale", "shift")} if prologue else {}
+    packed = pack([3, 5, 17, 18, 40], weight, 48, group=8, **parts)
+    residual = torch.randn(2, 16, 4, 3, dtype=torch.float64)
+    call = Call(
+        x, packed.weight, torch.randn(16), packed.groups, 8, (2, 2), (1, 1), scale=packed.scale, shift=packed.shift,
+        pre_act="relu" if prologue else "none", residual=residual, act="silu",
+    )  # fmt: skip
+    expected = reference(call)
+    made = run_on_cuda(call, rival)
+    torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-12)
+    assert made.stride() == expected.stride()
+    out = torch.empty(2, 24, 4, 3, dtype=torch.float64).contiguous(memory_format=memory).fill_(7)
+    out[:, 4:20] = residual
+    run_on_cuda(replace(call, residual=None), rival, out[:, 4:20], accumulate=True)
+    torch.testing.assert_close(out[:, 4:20], expected, rtol=1e-12, atol=1e-12)
+    assert bool((out[:, :4] == 7).all() and (out[:, 20:] == 7).all())
+
+
+def test_tiles_and_ways_as_lists() -> None:
+    for tile in (Rival.GATHER, Rival.ZEROS, Config(64, 64, 32, 4, 4)):
+        assert tile_of(tile.to_list()) == tile
+    for wrong in ([], [0], [3], [64, 64], [128, 128, 48, 4, 3]):
+        with pytest.raises(KernelError, match="expected a config"):
+            tile_of(wrong)
 
 
 def test_without_a_gpu_nothing_is_pinned(fast: fx.GraphModule, x: Tensor) -> None:

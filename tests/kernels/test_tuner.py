@@ -12,7 +12,7 @@ import torch
 
 from chanopt.kernels import Config, KernelError, Kind, Problem, candidates, heuristic
 from chanopt.kernels.aot import problems
-from chanopt.kernels.configs import fits, listed, shared_bytes, tiles
+from chanopt.kernels.configs import Rival, fits, listed, shared_bytes, tiles
 from chanopt.kernels.launch import grid
 from chanopt.kernels.tuner import Choice, Tuner, Work, default_path, key_of, wall_time
 
@@ -93,6 +93,7 @@ def test_rivals_are_measured_once_and_kept(tmp_path: Path) -> None:
     assert set(choice.microseconds) == {"zeros", "gather"}
     assert choice.how in ("zeros", "gather")
     assert choice.config is None
+    assert choice.tile is Rival[choice.how.upper()]
     assert clock.calls == 2
     assert tuned(path, clock).choose(SMALL) == first.choose(SMALL) == choice
     assert clock.calls == 2
@@ -119,7 +120,7 @@ def test_the_fastest_wins_and_a_failing_candidate_is_left_out(monkeypatch: pytes
     times = iter([5.0, 7.0, 9.0])
     choice = Tuner(measure=lambda run, buffers: next(times), machine="m", tensors=CPU).choose(small)
     assert choice.how == "triton"
-    assert choice.config == config
+    assert choice.config == choice.tile == config
     assert sorted(choice.microseconds.values()) == [5.0, 7.0, 9.0]
 
 

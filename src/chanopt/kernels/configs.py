@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from chanopt.kernels.call import KernelError
@@ -52,6 +53,37 @@ class Config:
                 f"found {list(values)}"
             )
         return cls(*values)
+
+
+class Rival(enum.Enum):
+    """A way without a kernel of ours."""
+
+    GATHER = 1
+    """A copy of the channels, then cuDNN."""
+    ZEROS = 2
+    """cuDNN on all channels, with zeros in the weight."""
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        return self.name.lower()
+
+    def to_list(self) -> list[int]:
+        """As the op takes it."""
+        return [self.value]
+
+
+Tile = Config | Rival
+"""What runs a gathered conv on a GPU."""
+
+
+def tile_of(values: list[int] | tuple[int, ...]) -> Tile:
+    """A tile, or a way without one, out of `to_list`.
+
+    Raises:
+        KernelError: it is neither.
+    """
+    return Rival(values[0]) if len(values) == 1 and values[0] in (1, 2) else Config.from_list(values)
 
 
 # From the largest tile to the smallest. Read off compiled kernels: none spills with what `fits` lets through.

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from chanopt.kernels.call import Call, expect_out, pair
-from chanopt.kernels.configs import Config, fits, heuristic
+from chanopt.kernels.configs import Config, Rival, Tile, fits, heuristic, tile_of
 from chanopt.kernels.emit import emitted
 from chanopt.kernels.launch import launch
 from chanopt.kernels.problem import Problem, Reason, coverage
 from chanopt.kernels.reference import activated, backward, reference, reference_out
+from chanopt.kernels.rivals import by_rival
 
 _LOG = logging.getLogger(__name__)
 
@@ -65,8 +66,9 @@ def gather_conv2d(
     format of `x`. For the argument shapes see :class:`Call`; for making `groups` and `weight`,
     :func:`chanopt.kernels.pack`. Entries of `groups` must lie in `x`; on CUDA nobody checks.
 
-    The operands are those of `Call`. `config` is a tile as :meth:`Config.to_list` gives it, for CUDA, or None for the
-    heuristic's; another tile rounds differently, so a plan should name it.
+    The operands are those of `Call`. `config` is a tile as :meth:`Config.to_list` gives it, for CUDA, or [1] for cuDNN
+    after a copy, [2] for cuDNN with zeros in the weight, or None for the heuristic's tile; another one rounds
+    differently, so a plan should name it (:func:`chanopt.kernels.tune`).
 
     Raises:
         KernelError: shapes or names do not fit together.
@@ -97,31 +99,34 @@ def call_of(
     residual: Tensor | None = None,
     act: str = "none",
     config: Sequence[int] | None = None,
-) -> tuple[Call, Config | None]:
+) -> tuple[Call, Tile | None]:
     """The arguments as one value. The dispatcher leaves out what equals a default, so they stand here again."""
     made = Call(
         x, weight, bias, groups, group, pair(stride), pair(padding), pair(dilation), scale, shift, pre_act, residual,
         act,
     )  # fmt: skip
-    return made, None if config is None else Config.from_list(list(config))
+    return made, None if config is None else tile_of(list(config))
 
 
-def _arguments(call: Call, config: Config | None) -> tuple[Any, ...]:
+def _arguments(call: Call, config: Tile | None) -> tuple[Any, ...]:
     return (
         call.x, call.weight, call.bias, call.groups, call.group, call.stride, call.padding, call.dilation, call.scale,
         call.shift, call.pre_act, call.residual, call.act, None if config is None else config.to_list(),
     )  # fmt: skip
 
 
-def run_on_cuda(call: Call, config: Config | None, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
+def run_on_cuda(call: Call, config: Tile | None, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
     """The result by a Triton kernel if one covers the call, else by ATen (the log says why).
 
     Args:
         call: its tensors, on a GPU.
-        config: a tile; one that does not fit the call is replaced by the heuristic's.
+        config: a tile, or a way without one; a tile that does not fit the call is replaced by the heuristic's.
         out: where the result goes, if not to a tensor of its own.
         accumulate: whether what `out` holds is added before the activation.
     """
+    if isinstance(config, Rival):
+        made = by_rival(replace(call, residual=out) if accumulate else call, config)
+        return made if out is None else out.copy_(made)
     made = _runnable(call, out, accumulate)
     if isinstance(made, Reason):
         _tell(made.text)
@@ -179,7 +184,7 @@ def _register(name: str, depthwise: bool) -> None:
     _LIBRARY.define(f"{name}({_ARGUMENTS}) -> Tensor", tags=_TAGS)
     _LIBRARY.define(f"{name}_into(Tensor(a!) out, {_ARGUMENTS}, bool accumulate=False) -> ()", tags=_TAGS)
 
-    def parse(args: Any, kwargs: Any) -> tuple[Call, Config | None]:
+    def parse(args: Any, kwargs: Any) -> tuple[Call, Tile | None]:
         call, config = call_of(*args, **kwargs)
         return replace(call, depthwise=depthwise).check(), config
 
@@ -192,7 +197,7 @@ def _register(name: str, depthwise: bool) -> None:
     _register_flops(f"{name}_into", first=1)
 
 
-Parse = Callable[[Any, Any], tuple[Call, Config | None]]
+Parse = Callable[[Any, Any], tuple[Call, Tile | None]]
 
 
 def _register_functional(name: str, parse: Parse) -> None:
@@ -227,7 +232,7 @@ def _register_functional(name: str, parse: Parse) -> None:
 
 
 def _register_into(name: str, parse: Parse) -> None:
-    def split(out: Tensor, args: Any, kwargs: Any) -> tuple[Call, Config | None, bool]:
+    def split(out: Tensor, args: Any, kwargs: Any) -> tuple[Call, Tile | None, bool]:
         # `accumulate` comes last; the dispatcher passes all arguments before the last that is not a default.
         accumulate = kwargs.pop("accumulate", args[_COUNT] if len(args) > _COUNT else False)
         call, config = parse(args[:_COUNT], kwargs)

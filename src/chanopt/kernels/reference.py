@@ -39,8 +39,11 @@ def reference(call: Call) -> Tensor:
 
     Half-precision networks round between the steps as eager PyTorch does; the prologue is done in float32.
     """
-    result = activated(_linear(call, _prologue(call)), call.act)
-    # A fresh tensor with the strides that the fake kernel promises; ambiguous shapes have several contiguous strides.
+    return as_promised(call, activated(_linear(call, _prologue(call)), call.act))
+
+
+def as_promised(call: Call, result: Tensor) -> Tensor:
+    """The result with the strides that the fake kernel promises; ambiguous shapes have several contiguous strides."""
     if result.stride() == strides(result.shape, call.memory_format):
         return result
     out = torch.empty(result.shape, dtype=result.dtype, device=result.device, memory_format=call.memory_format)

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from chanopt.errors import ChanoptError
 from chanopt.kernels.call import KernelError
-from chanopt.kernels.configs import Config
+from chanopt.kernels.configs import Tile, tile_of
 from chanopt.kernels.op import call_of
 from chanopt.kernels.problem import Covered, Problem, coverage
 from chanopt.kernels.tuner import Choice, Tuner, default_path
@@ -30,10 +30,10 @@ def tune(
 ) -> dict[str, Choice]:
     """Measure the tiles that each kernel of an optimised module may have, and pin the fastest in its graph.
 
-    The module then computes the same bits wherever the tile fits, whatever a heuristic would take there.
+    Where cuDNN was faster than all of them, after a copy or with zeros in the weight, that is pinned instead. The
+    module then computes the same bits wherever the tile fits, whatever a heuristic would take there.
     :class:`chanopt.Plan` keeps the tiles, and what ``chanopt.save`` and torch.export write has them. A kernel that no
-    covered call reaches, or whose problem nobody could measure (without a GPU), stays with the heuristic. Where cuDNN
-    was faster the choice says so, and the tile stays as it was: ways are chosen by ``Target(cost=Measured("cuda"))``.
+    covered call reaches, or that nobody could measure (without a GPU), stays with the heuristic.
 
     Args:
         module: what :func:`chanopt.optimize` made, on the device that it will run on; changed.
@@ -58,17 +58,17 @@ def tune(
         watched.run(*given.arguments.values())
     tuner = tuner or Tuner(default_path(), _gpu(module))
     choices = {name: tuner.choose(problem) for name, problem in watched.problems.items()}
-    pin(module, {name: choice.config for name, choice in choices.items() if choice.measured and choice.config})
+    pin(module, {name: choice.tile for name, choice in choices.items() if choice.measured and choice.tile})
     return choices
 
 
-def pinned(module: fx.GraphModule) -> dict[str, Config]:
+def pinned(module: fx.GraphModule) -> dict[str, Tile]:
     """The tiles that are pinned in a module, by node of its graph."""
     found = {node.name: node.args[_CONFIG] for node in _kernels(module) if len(node.args) > _CONFIG}
-    return {name: Config.from_list(list(config)) for name, config in found.items() if config is not None}  # type: ignore[arg-type]
+    return {name: tile_of(list(config)) for name, config in found.items() if config is not None}  # type: ignore[arg-type]
 
 
-def pin(module: fx.GraphModule, chosen: Mapping[str, Config]) -> None:
+def pin(module: fx.GraphModule, chosen: Mapping[str, Tile]) -> None:
     """Pin tiles, by node of the graph; other kernels keep theirs.
 
     Raises:

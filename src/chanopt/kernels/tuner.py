@@ -21,12 +21,11 @@ from torch import Tensor
 
 from chanopt import disk_cache
 from chanopt.kernels.call import Call
-from chanopt.kernels.configs import H100_MULTIPROCESSORS, Config, candidates, heuristic
+from chanopt.kernels.configs import H100_MULTIPROCESSORS, Config, Rival, Tile, candidates, heuristic
 from chanopt.kernels.emit import chanopt_version
 from chanopt.kernels.launch import launch
 from chanopt.kernels.problem import DTYPES, Kind, Problem
-from chanopt.kernels.reference import channels as gathered_channels
-from chanopt.kernels.reference import reference
+from chanopt.kernels.rivals import by_rival
 
 _LOG = logging.getLogger(__name__)
 _KEY = "choices"
@@ -52,6 +51,11 @@ class Choice:
     how: str
     config: Config | None
     microseconds: Mapping[str, float]
+
+    @property
+    def tile(self) -> Tile | None:
+        """What the operators take for it."""
+        return self.config if self.how == "triton" else Rival[self.how.upper()]
 
     @property
     def measured(self) -> bool:
@@ -210,28 +214,10 @@ class Work:
         return lambda i: launch(self.problem, config, self.calls[i], self.outs[i])
 
     def rivals(self) -> dict[str, Run]:
-        """What needs no kernel of ours: "zeros" and "gather"."""
-        index = gathered_channels(self.calls[0].groups, self.calls[0].group).long()
-        weight = self.calls[0].weight
-        made: dict[str, Run] = {"gather": lambda i: self._rival(self.calls[i])}
-        if self.problem.kind is Kind.DEPTHWISE or self.problem.prologue:
-            return made
-        whole = torch.zeros(
-            (weight.shape[0], self.calls[0].x.shape[1], *weight.shape[2:]), dtype=weight.dtype, device=self.device
-        )
-        whole = whole.index_add(1, index, weight).contiguous(memory_format=self._format())
-        return made | {"zeros": lambda i: fused_conv(replace(self.calls[i], weight=whole), self.calls[i].x)}
-
-    def _rival(self, call: Call) -> Tensor:
-        if call.depthwise or self.problem.prologue:
-            return reference(call)
-        index = gathered_channels(call.groups, call.group)
-        taken = (
-            call.x.index_select(1, index)
-            if self._format() == torch.contiguous_format
-            else call.x.permute(0, 2, 3, 1).index_select(3, index).permute(0, 3, 1, 2)
-        )
-        return fused_conv(call, taken)
+        """What needs no kernel of ours, by name."""
+        plain = self.problem.kind is not Kind.DEPTHWISE and not self.problem.prologue
+        offered = [Rival.GATHER, Rival.ZEROS] if plain else [Rival.GATHER]
+        return {rival.label: lambda i, rival=rival: by_rival(self.calls[i], rival) for rival in offered}
 
     def _format(self) -> torch.memory_format:
         return torch.contiguous_format if self.problem.kind is Kind.POINT else torch.channels_last
@@ -263,33 +249,6 @@ class Work:
             x, weight, bias, groups.to(self.device), p.group, p.stride, p.padding, p.dilation, pre_act=p.pre_act,
             act=p.act, depthwise=p.kind is Kind.DEPTHWISE, **vector,
         )  # fmt: skip
-
-
-def fused_conv(call: Call, x: Tensor) -> Tensor:
-    """A dense conv as cuDNN does it best: with bias, residual and ReLU in one kernel where it has one."""
-    bias = None if call.bias is None else call.bias.to(x.dtype)
-    geometry = (list(call.stride), list(call.padding), list(call.dilation), 1)
-    if x.is_cuda and call.act == "relu" and call.residual is None:
-        return torch.cudnn_convolution_relu(x, call.weight, bias, *geometry)
-    if x.is_cuda and call.act == "relu" and call.residual is not None:
-        return torch.cudnn_convolution_add_relu(x, call.weight, call.residual, 1.0, bias, *geometry)
-    every = torch.arange(x.shape[1], device=x.device)
-    return reference(replace(call, x=x, groups=every, group=1)) if not x.is_cuda else _eager(call, x, bias)
-
-
-def _eager(call: Call, x: Tensor, bias: Tensor | None) -> Tensor:
-    made = torch.conv2d(x, call.weight, bias, call.stride, call.padding, call.dilation)
-    if call.residual is not None:
-        made += call.residual
-    in_place: dict[str, Callable[[Tensor], Tensor]] = {
-        "none": lambda v: v,
-        "relu": torch.relu_,
-        "relu6": lambda v: torch.clamp_(v, 0.0, 6.0),
-        "silu": lambda v: torch.nn.functional.silu(v, inplace=True),
-        "hardswish": lambda v: torch.nn.functional.hardswish(v, inplace=True),
-        "sigmoid": torch.sigmoid_,
-    }
-    return in_place[call.act](made)
 
 
 def graph_time(run: Run, buffers: int, replays: int = _REPLAYS, calls: int = _CALLS) -> float:

@@ -21,7 +21,8 @@ from chanopt.errors import ChanoptError, LoadError
 from chanopt.frontend.capture import Captured, capture
 from chanopt.ir import Program, parse
 from chanopt.ir.edit import is_frozen
-from chanopt.kernels import Config, tiles
+from chanopt.kernels import tiles
+from chanopt.kernels.configs import Tile, tile_of
 from chanopt.report import Report
 from chanopt.saving.harmless import require_harmless
 
@@ -111,14 +112,14 @@ class Plan:
         weights: the forms of the tensors that the program cuts, by name.
         architecture: the model it was made from.
         report: what was done.
-        tiles: the tiles that :func:`chanopt.kernels.tune` pinned, by node of the module's graph.
+        tiles: the tiles, or ways without one, that :func:`chanopt.kernels.tune` pinned, by node of the module's graph.
     """
 
     program: Program
     weights: Mapping[str, Form]
     architecture: Architecture
     report: Report = field(compare=False)
-    tiles: Mapping[str, Config] = field(default_factory=dict[str, Config])
+    tiles: Mapping[str, Tile] = field(default_factory=dict[str, Tile])
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
@@ -208,7 +209,7 @@ class Plan:
             weights,
             Architecture(str(about["name"]), tuple(map(str, about["modules"])), tensors, str(about["calls"])),
             Report.from_json(json.dumps(data["report"])),
-            {str(name): Config.from_list(config) for name, config in data.get("tiles", {}).items()},
+            {str(name): tile_of(config) for name, config in data.get("tiles", {}).items()},
         )
         plan._bound().verify()
         return plan
