@@ -11,17 +11,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import chanopt
 from chanopt.errors import ChanoptError, LoadError
-from chanopt.kernels import Call, Config, KernelError, Problem, Tuner, candidates, pack, tune
+from chanopt.kernels import ACTIVATIONS, Call, Config, KernelError, Kind, Problem, Tuner, candidates, op, pack, tune
 from chanopt.kernels.configs import Rival, tile_of
 from chanopt.kernels.op import run_on_cuda
 from chanopt.kernels.reference import reference
+from chanopt.kernels.rivals import _eager, by_rival
 from chanopt.kernels.tiles import pin, pinned
 from chanopt.kernels.tuner import Work
 
 KERNEL = torch.ops.chanopt.gather_conv2d.default
+LAST = torch.channels_last
 
 
 class Net(nn.Module):
@@ -83,6 +86,21 @@ def last_is_fastest(monkeypatch: pytest.MonkeyPatch) -> Tuner:
     return Tuner(measure=lambda run, buffers: float(next(times)), machine="a machine", tensors=torch.device("cpu"))
 
 
+def ran(module: nn.Module, *given: Any) -> list[Any]:
+    """The tile of every kernel that a call runs, by the code itself."""
+    found: list[Any] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is KERNEL:
+                found.append(list(args[13]) if len(args) > 13 else None)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        module(*given)
+    return found
+
+
 def kernels(module: fx.GraphModule) -> list[fx.Node]:
     return [node for node in module.graph.nodes if node.target is KERNEL]
 
@@ -117,19 +135,22 @@ def test_the_problem_is_that_of_the_call(
 
 
 def test_plan_and_files_keep_tiles(fast: fx.GraphModule, x: Tensor, last_is_fastest: Tuner, tmp_path: Path) -> None:
-    tune(fast, (x,), tuner=last_is_fastest)
+    tune(fast, x, tuner=last_is_fastest)  # one tensor will do, as it does for optimize
     tiles = pinned(fast)
     assert len(tiles) == 2
+    assert ran(fast, x) == [config.to_list() for config in tiles.values()]
     plan = chanopt.Plan.of(fast)
     text = plan.to_json()
     assert dict(chanopt.Plan.from_json(text).tiles) == dict(plan.tiles) == tiles
     slim = chanopt.apply_plan(net(), text)
     slim.load_state_dict(fast.state_dict())
     assert pinned(slim) == tiles
+    assert ran(slim, x) == ran(fast, x)
     assert torch.equal(slim(x), fast(x))
     chanopt.save(fast, tmp_path / "slim.pt2")
     loaded = chanopt.load(tmp_path / "slim.pt2")
     assert pinned(loaded) == tiles
+    assert ran(loaded, x) == ran(fast, x)
     assert torch.equal(loaded(x), fast(x))
     exported = torch.export.export(fast, (x,)).module()
     assert [list(node.args[13]) for node in kernels(exported)] == [tiles[node.name].to_list() for node in kernels(fast)]
@@ -175,10 +196,86 @@ def test_rivals_compute_the_same(rival: Rival, memory: torch.memory_format, prol
     assert bool((out[:, :4] == 7).all() and (out[:, 20:] == 7).all())
 
 
+@pytest.mark.parametrize("rival", Rival)
+def test_what_a_rival_convolves(rival: Rival, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copied channels with the weight as it is, or all with a wide one; a prologue and an empty batch go another way."""
+    seen: list[tuple[int, int]] = []
+
+    def conv(call: Call, x: Tensor) -> Tensor:
+        seen.append((x.shape[1], call.weight.shape[1]))
+        return torch.conv2d(x, call.weight)
+
+    monkeypatch.setattr("chanopt.kernels.rivals.fused_conv", conv)
+    packed = pack([3, 20], torch.randn(16, 2, 1, 1), 48, group=8)
+    call = Call(torch.randn(2, 48, 4, 4).to(memory_format=LAST), packed.weight, None, packed.groups, 8)
+    made = by_rival(call, rival)
+    assert made.is_contiguous(memory_format=LAST)
+    torch.testing.assert_close(made, reference(call))
+    width = packed.weight.shape[1]
+    assert width < 48
+    assert seen == [(width, width) if rival is Rival.GATHER else (48, 48)]
+    by_rival(replace(call, x=call.x[:0]), rival)
+    by_rival(replace(call, scale=torch.ones(width), shift=torch.ones(width)), rival)
+    assert len(seen) == 1
+
+
+def test_a_tile_that_nobody_would_choose_gives_way_to_the_heuristic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_machine", lambda device: (90, 132))
+    problem = Problem(Kind.CONV, "fp16", 1, 8, 8, gathered=64, outputs=64)
+    device = torch.device("cpu")
+    best = op._tile(problem, None, device)
+    for config in candidates(problem):
+        assert op._tile(problem, config, device) == config
+    for odd in (Config(64, 64, 32, 64, 4), Config(1, 1, 32, 1, 1), Config(64, 64, 64, 4, 900)):
+        assert op._tile(problem, odd, device) == best
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_what_a_gpu_runs_for_a_rival(act: str, with_residual: bool) -> None:
+    """All but cuDNN's own fused convs, which take ReLU."""
+    x, weight, bias = torch.randn(2, 8, 5, 5) * 5, torch.randn(16, 8, 3, 3), torch.randn(16)
+    residual = torch.randn(2, 16, 5, 5) if with_residual else None
+    call = Call(x, weight, bias, torch.arange(8), padding=(1, 1), residual=residual, act=act)
+    torch.testing.assert_close(_eager(call, x, bias), reference(call))
+
+
+def test_under_autocast_the_problem_is_that_of_the_narrow_call(
+    fast: fx.GraphModule, x: Tensor, last_is_fastest: Tuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Problem] = []
+    choose = last_is_fastest.choose
+    monkeypatch.setattr(last_is_fastest, "choose", lambda problem: (seen.append(problem), choose(problem))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        tune(fast, (x,), tuner=last_is_fastest)
+    assert [problem.dtype for problem in seen] == ["bf16", "bf16"]
+
+
+def test_a_module_in_parts_is_tuned_by_its_parts(x: Tensor) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = fx.symbolic_trace(nn.Conv2d(3, 4, 1))
+
+    with pytest.raises(ChanoptError, match="found a Outer, optimised in parts; tune these, one by one: inner"):
+        tune(Outer(), (x,))
+
+
 def test_tiles_and_ways_as_lists() -> None:
     for tile in (Rival.GATHER, Rival.ZEROS, Config(64, 64, 32, 4, 4)):
         assert tile_of(tile.to_list()) == tile
-    for wrong in ([], [0], [3], [64, 64], [128, 128, 48, 4, 3]):
+    wrong: Any
+    for wrong in (
+        [],
+        [0],
+        [3],
+        [1.0],
+        [True],
+        [64, 64],
+        [128, 128, 48, 4, 3],
+        [64, 64, 32, 4, 4.0],
+        [64, 64, 32, 4, 2**70],
+    ):
         with pytest.raises(KernelError, match="expected a config"):
             tile_of(wrong)
 
@@ -221,6 +318,9 @@ WRONG: list[Callable[[str], Any]] = [
     lambda name: {"nothing": [64, 64, 32, 4, 4]},
     lambda name: {name: [64, 64, 33, 4, 4]},
     lambda name: {name: [64, 64]},
+    lambda name: {name: [64, 64, 32, 4, 4.5]},
+    lambda name: {name: [2**70, 64, 32, 4, 4]},
+    lambda name: {name: [1.0]},
     lambda name: {name: "tile"},
     lambda name: [name],
 ]

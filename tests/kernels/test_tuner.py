@@ -145,7 +145,12 @@ def test_frozen_choices_go_before_measured_ones(tmp_path: Path) -> None:
     assert clock.calls == 2
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"version": 1}', '{"version": 1, "choices": {"a": {"how": 1}}}', "[]"])
+_UNKNOWN = '{"version": 1, "choices": {"a": {"how": "cudnn", "config": null, "microseconds": {}}}}'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"version": 1}', '{"version": 1, "choices": {"a": {"how": 1}}}', "[]", _UNKNOWN]
+)
 def test_a_damaged_file_is_measured_again(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "tuner.json"
     path.write_text(text)

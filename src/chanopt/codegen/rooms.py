@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, fx
 
 from chanopt.codegen.torch_names import OpOverload, is_mutable, parameters
-from chanopt.kernels import GROUP, Call
+from chanopt.kernels import GROUP
+from chanopt.kernels.op import call_of
 
 aten = torch.ops.aten
 _CONV = torch.ops.chanopt.gather_conv2d.default
@@ -267,7 +268,7 @@ def room_like(channels: int, image: Tensor) -> Tensor:
 
 def room_of_conv(channels: int, *operands: Any) -> Tensor:
     """Memory for so many channels of the size of a conv's result; `operands` are those of ``gather_conv2d``."""
-    call = Call(*operands)
+    call, _ = call_of(*operands)
     return _empty((call.output_shape[0], channels, *call.output_shape[2:]), call.x)
 
 
@@ -279,7 +280,7 @@ def require_fit(goal: Tensor, piece: Tensor) -> None:
 
 def require_conv_fits(goal: Tensor, *operands: Any) -> None:
     """The same of a conv's result."""
-    call = Call(*operands)
+    call, _ = call_of(*operands)
     if goal.shape != call.output_shape or goal.dtype != call.x.dtype:
         raise UnfitError
 

@@ -15,6 +15,8 @@ _LEAST_SHARED = 101376
 # benchmarks/gpu.py has proven these kernels right there, the tuner stays at four.
 KXK_WARPS = 4
 H100_MULTIPROCESSORS = 132
+_MOST = 1024
+"""No size of a tile is larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,13 @@ class Config:
         """A config out of :meth:`to_list`.
 
         Raises:
-            KernelError: not five positive integers, or a size that is not a power of two.
+            KernelError: not five positive integers of no more than 1024, or a size that is not a power of two.
         """
-        good = len(values) == 5 and all(v > 0 for v in values) and all(v & (v - 1) == 0 for v in values[:4])
-        if not good:
+        whole = len(values) == 5 and all(type(v) is int and 0 < v <= _MOST for v in values)
+        if not whole or any(v & (v - 1) for v in values[:4]):
             raise KernelError(
                 "expected a config [block_m, block_n, block_k, warps, stages], powers of two but for stages, "
-                f"found {list(values)}"
+                f"none above {_MOST}, found {list(values)}"
             )
         return cls(*values)
 
@@ -83,7 +85,8 @@ def tile_of(values: list[int] | tuple[int, ...]) -> Tile:
     Raises:
         KernelError: it is neither.
     """
-    return Rival(values[0]) if len(values) == 1 and values[0] in (1, 2) else Config.from_list(values)
+    is_rival = len(values) == 1 and type(values[0]) is int and values[0] in {rival.value for rival in Rival}
+    return Rival(values[0]) if is_rival else Config.from_list(values)
 
 
 # From the largest tile to the smallest. Read off compiled kernels: none spills with what `fits` lets through.

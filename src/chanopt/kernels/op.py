@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from chanopt.kernels.call import Call, expect_out, pair
-from chanopt.kernels.configs import Config, Rival, Tile, fits, heuristic, tile_of
+from chanopt.kernels.configs import Config, Rival, Tile, fits, heuristic, listed, tile_of
 from chanopt.kernels.emit import emitted
 from chanopt.kernels.launch import launch
 from chanopt.kernels.problem import Problem, Reason, coverage
@@ -124,13 +124,13 @@ def run_on_cuda(call: Call, config: Tile | None, out: Tensor | None = None, accu
         out: where the result goes, if not to a tensor of its own.
         accumulate: whether what `out` holds is added before the activation.
     """
-    if isinstance(config, Rival):
-        made = by_rival(replace(call, residual=out) if accumulate else call, config)
-        return made if out is None else out.copy_(made)
     made = _runnable(call, out, accumulate)
     if isinstance(made, Reason):
         _tell(made.text)
         return _by_aten(call, out, accumulate)
+    if isinstance(config, Rival):
+        result = by_rival(replace(call, residual=out) if accumulate else call, config)
+        return result if out is None else out.copy_(result)
     if out is None:
         out = torch.empty(call.output_shape, dtype=call.x.dtype, device=call.x.device, memory_format=call.memory_format)
     tile = _tile(made, config, call.x.device)
@@ -154,7 +154,7 @@ def _by_aten(call: Call, out: Tensor | None, accumulate: bool) -> Tensor:
 
 def _tile(problem: Problem, config: Config | None, device: torch.device) -> Config:
     capability, multiprocessors = _machine(device)
-    if config is not None and fits(problem, config, capability):
+    if config in listed(problem) and fits(problem, config, capability):
         return config
     return heuristic(problem, capability, multiprocessors)
 
@@ -214,13 +214,11 @@ def _register_functional(name: str, parse: Parse) -> None:
     def autocast(device: str) -> Callable[..., Tensor]:
         def cast(*args: Any, **kwargs: Any) -> Tensor:
             call, config = parse(args, kwargs)
-            dtype, residual = torch.get_autocast_dtype(device), call.residual
-            # A sum with something wider is as wide: in eager PyTorch it would be an op of its own.
-            wider = residual is not None and torch.promote_types(residual.dtype, dtype) != dtype
-            own = replace(call, residual=None, act="none") if wider else call
+            own = under_autocast(call, device)
             with _without_autocast(device):
-                made = getattr(torch.ops.chanopt, name)(*_arguments(_cast(own, dtype), config))
-            return activated(made + residual, call.act) if wider else made
+                made = getattr(torch.ops.chanopt, name)(*_arguments(own, config))
+            apart = own.residual is None and call.residual is not None
+            return activated(made + call.residual, call.act) if apart else made
 
         return cast
 
@@ -265,6 +263,19 @@ def _register_into(name: str, parse: Parse) -> None:
     _LIBRARY.impl(name, autocast("cpu"), "AutocastCPU")
     _LIBRARY.impl(name, autocast("cuda"), "AutocastCUDA")
     torch.library.register_fake(f"chanopt::{name}", fake, lib=_LIBRARY)
+
+
+def under_autocast(call: Call, device: str) -> Call:
+    """What autocast makes of a call, on a type of device: where it is on, else the call itself.
+
+    A sum with something wider is as wide, and so comes after it, with the activation: in eager PyTorch it would be an
+    op of its own.
+    """
+    if not torch.is_autocast_enabled(device):
+        return call
+    dtype, residual = torch.get_autocast_dtype(device), call.residual
+    wider = residual is not None and torch.promote_types(residual.dtype, dtype) != dtype
+    return _cast(replace(call, residual=None, act="none") if wider else call, dtype)
 
 
 def _cast(call: Call, dtype: torch.dtype) -> Call:

@@ -15,7 +15,7 @@ from chanopt.kernels.reference import as_promised, channels, gather, reference
 
 def by_rival(call: Call, rival: Rival) -> Tensor:
     """The result in one of the two ways; a prologue, or a filter for each channel, is done after a copy, in ATen."""
-    if call.depthwise or call.scale is not None or call.pre_act != "none":
+    if call.depthwise or call.scale is not None or call.pre_act != "none" or call.x.numel() == 0:
         return reference(call)
     if rival is Rival.ZEROS:
         return as_promised(call, fused_conv(replace(call, weight=_spread(call)), call.x))

@@ -7,37 +7,37 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from chanopt.errors import ChanoptError
 from chanopt.kernels.call import KernelError
 from chanopt.kernels.configs import Tile, tile_of
-from chanopt.kernels.op import call_of
+from chanopt.kernels.op import call_of, under_autocast
 from chanopt.kernels.problem import Covered, Problem, coverage
 from chanopt.kernels.tuner import Choice, Tuner, default_path
 
 _KERNEL = torch.ops.chanopt.gather_conv2d.default
-_CONFIG = 13
-"""The argument of the operator that names a tile."""
+_ARGUMENTS = _KERNEL._schema.arguments  # pyright: ignore[reportPrivateUsage]
+_CONFIG = next(position for position, argument in enumerate(_ARGUMENTS) if argument.name == "config")
 
 
 def tune(
     module: nn.Module,
-    inputs: Sequence[Any],
+    inputs: Sequence[Any] | Tensor,
     kwargs: Mapping[str, Any] | None = None,
     *,
     tuner: Tuner | None = None,
 ) -> dict[str, Choice]:
-    """Measure the tiles that each kernel of an optimised module may have, and pin the fastest in its graph.
+    """Measure the tiles that each gathering conv of an optimised module may have, and pin the fastest in its graph.
 
-    Where cuDNN was faster than all of them, after a copy or with zeros in the weight, that is pinned instead. The
-    module then computes the same bits wherever the tile fits, whatever a heuristic would take there.
-    :class:`chanopt.Plan` keeps the tiles, and what ``chanopt.save`` and torch.export write has them. A kernel that no
-    covered call reaches, or that nobody could measure (without a GPU), stays with the heuristic.
+    Where cuDNN was faster than all of them, after a copy or with zeros in the weight, that is pinned instead.
+    :class:`chanopt.Plan` keeps what is pinned, and what ``chanopt.save`` and torch.export write has it. A tile runs
+    wherever it fits, the heuristic's elsewhere. A conv that no kernel covers, or that nobody could measure (without a
+    GPU), stays as it is. What is measured is the graph: of a concat without copies (docs/targets.md) a conv alone.
 
     Args:
         module: what :func:`chanopt.optimize` made, on the device that it will run on; changed.
-        inputs: example inputs, of the batch and sizes that matter.
+        inputs: example inputs, of the batch and sizes that matter; under autocast, if it will run so.
         kwargs: keyword inputs, likewise.
         tuner: keeps what was measured; by default in the user's cache folder, by device and versions.
 
@@ -45,14 +45,17 @@ def tune(
         By node of the graph, what was chosen and how long every candidate took.
 
     Raises:
-        ChanoptError: the module has no graph.
+        ChanoptError: the module has no graph; one that was optimised in parts has one in each part.
+        TypeError: the inputs are not those of the module.
     """
     if not isinstance(module, fx.GraphModule):
-        raise ChanoptError(f"expected a module made by chanopt.optimize, found a {type(module).__name__}")
+        parts = [name for name, part in module.named_modules() if name and isinstance(part, fx.GraphModule)]
+        told = f", optimised in parts; tune these, one by one: {', '.join(parts)}" if parts else ""
+        raise ChanoptError(f"expected a module made by chanopt.optimize, found a {type(module).__name__}{told}")
     if not _kernels(module):
         return {}
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     given = inspect.signature(module.forward).bind(*inputs, **(kwargs or {}))
-    given.apply_defaults()
     watched = _Watched(module)
     with torch.no_grad():
         watched.run(*given.arguments.values())
@@ -79,8 +82,8 @@ def pin(module: fx.GraphModule, chosen: Mapping[str, Tile]) -> None:
         if name not in kernels:
             raise KernelError(f"expected the tile of one of the kernels {sorted(kernels)}, found one of {name!r}")
         node = kernels[name]
-        defaults = [argument.default_value for argument in _KERNEL._schema.arguments]  # pyright: ignore[reportPrivateUsage]
-        node.args = (*node.args[:_CONFIG], *defaults[len(node.args) : _CONFIG], config.to_list())
+        defaults = [argument.default_value for argument in _ARGUMENTS[len(node.args) : _CONFIG]]
+        node.args = (*node.args[:_CONFIG], *defaults, config.to_list())
     if chosen:
         module.recompile()
 
@@ -96,7 +99,8 @@ class _Watched(fx.Interpreter):
         """Run a node; a kernel's arguments are noted first."""
         if n.target is _KERNEL:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            covered = coverage(call_of(*args, **kwargs)[0])
+            call, _ = call_of(*args, **kwargs)
+            covered = coverage(under_autocast(call, call.x.device.type))
             if isinstance(covered, Covered):
                 self.problems[n.name] = covered.problem
         return super().run_node(n)

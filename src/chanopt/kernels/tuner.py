@@ -70,8 +70,10 @@ class Choice:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Choice:
         """A choice out of :meth:`to_json`."""
-        config = None if data["config"] is None else Config.from_list(data["config"])
-        return cls(data["how"], config, dict(data["microseconds"]))
+        how, config = str(data["how"]), None if data["config"] is None else Config.from_list(data["config"])
+        if how != "triton":
+            Rival[how.upper()]
+        return cls(how, config, dict(data["microseconds"]))
 
 
 def default_path() -> Path:
