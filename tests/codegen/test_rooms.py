@@ -20,9 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import chanopt
 from benchmarks import gpu_plans
+from chanopt.codegen import rooms
 from chanopt.codegen.module import ChanoptModule
 from chanopt.codegen.rooms import write_into_rooms
-from chanopt.kernels import Call, coverage
+from chanopt.kernels import Call, Config, coverage
+from chanopt.kernels.op import call_of
+from chanopt.kernels.tiles import pin
 from chanopt.target import ConvRead, Realization, Target
 from tests.support.equal import assert_same_function
 from tests.support.nets.base import Net, conv, randomise
@@ -101,6 +104,22 @@ def test_concats_that_grow_share_memory(body: Callable[[Any, Tensor], Tensor]) -
     found = written(fast)
     assert before == 3
     assert found == {"copy": 1, "conv": 3}
+
+
+def test_tiles_that_are_pinned_go_with_a_conv_into_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = compiled(grown, "a", "b", "c", "head", **copy.deepcopy(DENSE))
+    convs = [node.name for node in fast.graph.nodes if node.target is ours.gather_conv2d.default]
+    tiles = {name: Config(64, 32, 32, 4, 2 + number) for number, name in enumerate(convs)}
+    pin(fast, tiles)
+    made: list[Call] = []
+    monkeypatch.setattr(rooms, "call_of", lambda *given: (made.append(call_of(*given)[0]), call_of(*given))[1])
+    assert written(fast) == {"copy": 1, "conv": 3}
+    assert made
+    assert [call.check().depthwise for call in made] == [False] * len(made)
+    graph = write_into_rooms(fast)
+    assert graph is not None
+    into = [node.args[-1] for node in graph.nodes if node.target is ours.gather_conv2d_into.default]
+    assert into == [tiles[name].to_list() for name in convs[:3]]
 
 
 def test_what_reads_no_slices_has_a_concat_of_its_own() -> None:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from benchmarks.solver import make
 from chanopt.solve import Edge, Instance, Reader, solve
 
 pytestmark = pytest.mark.slow
@@ -56,6 +57,11 @@ def test_ordinary_segments() -> None:
 
 def test_pieces_of_a_concat() -> None:
     assert statistics.median(seconds(independent(32, 23, seed)) for seed in range(15)) < 0.2
+
+
+def test_chains_of_nested_sets() -> None:
+    """Whose conflicts are of four sets and more."""
+    assert min(seconds(make("nested", 512, 32, seed)) for seed in range(2)) < 2
 
 
 def test_residual_stage_that_may_be_laid_out_anew() -> None:

@@ -324,6 +324,7 @@ def widen(base: PQTree, core: Sequence[int], candidates: Iterable[int], items: S
     A candidate joins if it conflicts, on top of a tree, with every choice of one item less from the family.
     """
     rank, family = len(core) - 1, list(core)
+    # With a block or a sequence about, regions would miss conflicts: the cuts would be weaker, though none wrong.
     plain = rank < _MOST_SETS and base.is_free and not any(item.sequence for item in items)
 
     def choose(numbers: Iterable[int]) -> _Regions | _Tree:
