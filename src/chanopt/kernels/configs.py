@@ -17,6 +17,9 @@ KXK_WARPS = 4
 H100_MULTIPROCESSORS = 132
 _MOST = 1024
 """No size of a tile is larger."""
+_MOST_WARPS, _MOST_STAGES = 8, 8
+_LEAST_OF_PRODUCT = 16
+"""Tensor cores multiply no smaller matrices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +146,12 @@ def shared_bytes(problem: Problem, config: Config) -> int:
 
 def fits(problem: Problem, config: Config, capability: int = 90) -> bool:
     """Whether a config is right and worth trying for a problem on a GPU of this compute capability (80 is 8.0)."""
+    if config.warps > _MOST_WARPS or config.stages > _MOST_STAGES:
+        return False
     if problem.kind is Kind.DEPTHWISE:
         return config.block_n <= 2 * max(problem.outputs, 16) and not _spills(problem, config)
+    if min(config.block_m, config.block_n, config.block_k) < _LEAST_OF_PRODUCT:
+        return False
     if problem.gathered % config.block_k or config.block_k % max(problem.group, 1):
         return False
     if shared_bytes(problem, config) > _SHARED.get(capability, _LEAST_SHARED):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from chanopt.kernels.call import Call, expect_out, pair
-from chanopt.kernels.configs import Config, Rival, Tile, fits, heuristic, listed, tile_of
+from chanopt.kernels.configs import Config, Rival, Tile, fits, heuristic, tile_of
 from chanopt.kernels.emit import emitted
 from chanopt.kernels.launch import launch
 from chanopt.kernels.problem import Problem, Reason, coverage
@@ -154,7 +154,7 @@ def _by_aten(call: Call, out: Tensor | None, accumulate: bool) -> Tensor:
 
 def _tile(problem: Problem, config: Config | None, device: torch.device) -> Config:
     capability, multiprocessors = _machine(device)
-    if config in listed(problem) and fits(problem, config, capability):
+    if config is not None and fits(problem, config, capability):
         return config
     return heuristic(problem, capability, multiprocessors)
 
