@@ -68,13 +68,7 @@ def _conflicting_regions() -> npt.NDArray[np.bool_]:
     Bit r - 1 of the code says that the region r = 1 .. 7 is not empty, where bit s of r says that set s holds
     it.
     """
-    table = np.zeros(128, dtype=bool)
-    for code in range(128):
-        regions = [region for region in range(1, 8) if code >> (region - 1) & 1]
-        sets = [[atom for atom, region in enumerate(regions) if region >> s & 1] for s in range(3)]
-        tree = PQTree(max(len(regions), 1))
-        table[code] = not all(tree.reduce(members) for members in sets)
-    return table
+    return np.array([not _hold(code << 1, 3) for code in range(128)])
 
 
 def triples(problem: Problem) -> Triples | None:
@@ -401,5 +395,5 @@ class _Regions:
 def _hold(regions: int, count: int) -> bool:
     """Whether so many sets have an order; bit r is set if region r has atoms, those of the sets in the bits of r."""
     codes = list(labels_of(regions))
-    tree = PQTree(len(codes))
+    tree = PQTree(max(len(codes), 1))
     return all(tree.reduce(at for at, code in enumerate(codes) if code >> s & 1) for s in range(count))
