@@ -86,6 +86,14 @@ def last_is_fastest(monkeypatch: pytest.MonkeyPatch) -> Tuner:
     return Tuner(measure=lambda run, buffers: float(next(times)), machine="a machine", tensors=torch.device("cpu"))
 
 
+def asked(tuner: Tuner, monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
+    """What the tuner will have been asked for, in sequence."""
+    seen: list[Problem] = []
+    choose = tuner.choose
+    monkeypatch.setattr(tuner, "choose", lambda problem: (seen.append(problem), choose(problem))[1])
+    return seen
+
+
 def ran(module: nn.Module, *given: Any) -> list[Any]:
     """The tile of every kernel that a call runs, by the code itself."""
     found: list[Any] = []
@@ -121,9 +129,7 @@ def test_every_kernel_gets_the_tile_that_was_fastest_for_it(
 def test_the_problem_is_that_of_the_call(
     fast: fx.GraphModule, x: Tensor, last_is_fastest: Tuner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Problem] = []
-    choose = last_is_fastest.choose
-    monkeypatch.setattr(last_is_fastest, "choose", lambda problem: (seen.append(problem), choose(problem))[1])
+    seen = asked(last_is_fastest, monkeypatch)
     choices = tune(fast, (x,), tuner=last_is_fastest)
     alive = fast.get_parameter("stem.weight").shape[0]
     assert {(p.kernel, p.batch, p.height, p.channels, p.dtype) for p in seen} == {
@@ -243,9 +249,7 @@ def test_what_a_gpu_runs_for_a_rival(act: str, with_residual: bool) -> None:
 def test_under_autocast_the_problem_is_that_of_the_narrow_call(
     fast: fx.GraphModule, x: Tensor, last_is_fastest: Tuner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Problem] = []
-    choose = last_is_fastest.choose
-    monkeypatch.setattr(last_is_fastest, "choose", lambda problem: (seen.append(problem), choose(problem))[1])
+    seen = asked(last_is_fastest, monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
         tune(fast, (x,), tuner=last_is_fastest)
     assert [problem.dtype for problem in seen] == ["bf16", "bf16"]
