@@ -490,14 +490,15 @@ _SECONDS = {"inductor": 100, "tuned": 60}
 class _InTime(Tuner):
     """Measures while there is time, and keeps the heuristic's tiles from then on."""
 
-    def __init__(self, tuner: Tuner, bench: Bench) -> None:
-        super().__init__(None, tuner.device, tuner.measure, tuner.machine, tuner.tensors)
-        self._given, self._bench = tuner, bench
+    def __init__(self, bench: Bench) -> None:
+        device, machine = (None, "dry run") if bench.dry else (bench.device, None)
+        super().__init__(None, device, bench.measure, machine, bench.device)
+        self._bench = bench
 
     def choose(self, problem: Problem) -> Choice:
-        """The given tuner's choice."""
+        """What was fastest, or the heuristic's tile."""
         late = self._bench.left() < _SECONDS["tuned"] / 2
-        return Choice("triton", self._heuristic(problem), {}) if late else self._given.choose(problem)
+        return Choice(self._heuristic(problem), {}) if late else super().choose(problem)
 
 
 def _network(
@@ -518,7 +519,7 @@ def _network(
     module = _half(module, half)
     given = x.to(half).contiguous(memory_format=torch.channels_last)
     if mode == "tuned":
-        chosen = tune(module, (given,), tuner=_InTime(tuner, bench))
+        chosen = tune(module, (given,), tuner=tuner)
         ways = Counter(choice.how for choice in chosen.values() if choice.measured)
         row |= {"tuned": dict(ways), "not tuned": len(chosen) - ways.total()}
     run: Callable[[Tensor], Any] = torch.compile(module) if mode == "inductor" else module
@@ -641,9 +642,7 @@ def run(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     found["seconds"] = bench.left()
     found["machine"] = machine(bench)
     every = checks(bench.dry)
-    tuner = Tuner(
-        None, None if bench.dry else bench.device, bench.measure, "dry run" if bench.dry else None, bench.device
-    )
+    tuner = _InTime(bench)
     jobs = [(check.problem, check.config) for check in every]
     jobs += [(p, c) for _, _, p in layer_problems(bench.dry) for c in candidates(p, bench.capability)]
     jobs += [(TWICE, c) for c in listed(TWICE) if fits(TWICE, c, bench.capability)]

@@ -119,7 +119,7 @@ def test_every_kernel_gets_the_tile_that_was_fastest_for_it(
     before = fast(x)
     choices = tune(fast, (x,), tuner=last_is_fastest)
     assert list(choices) == [node.name for node in kernels(fast)]
-    assert pinned(fast) == {name: choice.config for name, choice in choices.items()}
+    assert pinned(fast) == {name: choice.tile for name, choice in choices.items()}
     assert len(last_is_fastest.freeze()) == 2
     assert torch.equal(fast(x), before)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_the_problem_is_that_of_the_call(
         ((3, 3), 2, 8, alive, "fp32"),
     }
     assert sorted(p.residual for p in seen) == ["add", "none"]
-    assert all(choice.config == candidates(p)[-1] for p, choice in zip(seen, choices.values(), strict=True))
+    assert all(choice.tile == candidates(p)[-1] for p, choice in zip(seen, choices.values(), strict=True))
 
 
 def test_plan_and_files_keep_tiles(fast: fx.GraphModule, x: Tensor, last_is_fastest: Tuner, tmp_path: Path) -> None:

@@ -40,6 +40,11 @@ class Config:
     warps: int
     stages: int
 
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        return f"triton {self.block_m}x{self.block_n}x{self.block_k} w{self.warps} s{self.stages}"
+
     def to_list(self) -> list[int]:
         """The fields, as the op takes them."""
         return [self.block_m, self.block_n, self.block_k, self.warps, self.stages]

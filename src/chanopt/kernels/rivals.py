@@ -13,9 +13,15 @@ from chanopt.kernels.configs import Rival
 from chanopt.kernels.reference import as_promised, channels, gather, reference
 
 
+def offered(call: Call) -> tuple[Rival, ...]:
+    """The ways that a call has: a prologue, or a filter for each channel, wants the copy."""
+    plain = not call.depthwise and call.scale is None and call.pre_act == "none"
+    return tuple(Rival) if plain else (Rival.GATHER,)
+
+
 def by_rival(call: Call, rival: Rival) -> Tensor:
-    """The result in one of the two ways; a prologue, or a filter for each channel, is done after a copy, in ATen."""
-    if call.depthwise or call.scale is not None or call.pre_act != "none" or call.x.numel() == 0:
+    """The result in one of the two ways; after the copy in ATen, where cuDNN alone does not do all of it."""
+    if Rival.ZEROS not in offered(call) or call.x.numel() == 0:
         return reference(call)
     if rival is Rival.ZEROS:
         return as_promised(call, fused_conv(replace(call, weight=_spread(call)), call.x))
@@ -25,9 +31,8 @@ def by_rival(call: Call, rival: Rival) -> Tensor:
 def _spread(call: Call) -> Tensor:
     """The weight over all channels of `x`; a channel that fills a group up may come twice, with zeros."""
     weight, index = call.weight, channels(call.groups, call.group).long()
-    last = torch.channels_last if call.memory_format == torch.channels_last else torch.contiguous_format
     sizes = (weight.shape[0], call.x.shape[1], *weight.shape[2:])
-    whole = torch.zeros(sizes, dtype=weight.dtype, device=weight.device).contiguous(memory_format=last)
+    whole = torch.zeros(sizes, dtype=weight.dtype, device=weight.device).contiguous(memory_format=call.memory_format)
     return whole.index_add_(1, index, weight)
 
 

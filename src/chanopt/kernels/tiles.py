@@ -61,7 +61,7 @@ def tune(
         watched.run(*given.arguments.values())
     tuner = tuner or Tuner(default_path(), _gpu(module))
     choices = {name: tuner.choose(problem) for name, problem in watched.problems.items()}
-    pin(module, {name: choice.tile for name, choice in choices.items() if choice.measured and choice.tile})
+    pin(module, {name: choice.tile for name, choice in choices.items() if choice.measured})
     return choices
 
 

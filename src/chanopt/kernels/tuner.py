@@ -21,11 +21,11 @@ from torch import Tensor
 
 from chanopt import disk_cache
 from chanopt.kernels.call import Call
-from chanopt.kernels.configs import H100_MULTIPROCESSORS, Config, Rival, Tile, candidates, heuristic
+from chanopt.kernels.configs import H100_MULTIPROCESSORS, Config, Rival, Tile, candidates, heuristic, tile_of
 from chanopt.kernels.emit import chanopt_version
 from chanopt.kernels.launch import launch
 from chanopt.kernels.problem import DTYPES, Kind, Problem
-from chanopt.kernels.rivals import by_rival
+from chanopt.kernels.rivals import by_rival, offered
 
 _LOG = logging.getLogger(__name__)
 _KEY = "choices"
@@ -43,19 +43,17 @@ class Choice:
     """How to compute a problem.
 
     Attributes:
-        how: "triton", "zeros" (cuDNN on all channels, zeros in the weight) or "gather" (copy, then cuDNN).
-        config: the tile, for "triton".
+        tile: what the operators take for it.
         microseconds: a call's time by candidate, where measured; a tile's name is ``triton 128x64x64 w4 s3``.
     """
 
-    how: str
-    config: Config | None
+    tile: Tile
     microseconds: Mapping[str, float]
 
     @property
-    def tile(self) -> Tile | None:
-        """What the operators take for it."""
-        return self.config if self.how == "triton" else Rival[self.how.upper()]
+    def how(self) -> str:
+        """Whether by "triton", or the name of a rival."""
+        return self.tile.label.split()[0]
 
     @property
     def measured(self) -> bool:
@@ -64,16 +62,12 @@ class Choice:
 
     def to_json(self) -> dict[str, Any]:
         """The fields, as JSON values."""
-        config = None if self.config is None else self.config.to_list()
-        return {"how": self.how, "config": config, "microseconds": dict(self.microseconds)}
+        return {"tile": self.tile.to_list(), "microseconds": dict(self.microseconds)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Choice:
         """A choice out of :meth:`to_json`."""
-        how, config = str(data["how"]), None if data["config"] is None else Config.from_list(data["config"])
-        if how != "triton":
-            Rival[how.upper()]
-        return cls(how, config, dict(data["microseconds"]))
+        return cls(tile_of(data["tile"]), dict(data["microseconds"]))
 
 
 def default_path() -> Path:
@@ -129,7 +123,7 @@ class Tuner:
         key = key_of(problem, self.machine)
         if key not in self._known:
             if self.tensors is None:
-                return Choice("triton", self._heuristic(problem), {})
+                return Choice(self._heuristic(problem), {})
             self._known[key] = self._tuned(problem)
             disk_cache.add(self.path, _KEY, Choice.from_json, {key: self._known[key].to_json()})
         self._used[key] = self._known[key]
@@ -149,21 +143,13 @@ class Tuner:
     def _tuned(self, problem: Problem) -> Choice:
         assert self.tensors is not None
         work = Work(problem, self.tensors)
-        found: dict[str, float] = {}
-        tiles: dict[str, Config] = {}
-        for config in candidates(problem, self._capability()):
-            name = f"triton {config.block_m}x{config.block_n}x{config.block_k} w{config.warps} s{config.stages}"
-            taken = self._time(work, work.triton(config), name)
-            if taken is not None:
-                found[name], tiles[name] = taken, config
-        for name, run in work.rivals().items():
-            taken = self._time(work, run, name)
-            if taken is not None:
-                found[name] = taken
+        runs: dict[Tile, Run] = {config: work.triton(config) for config in candidates(problem, self._capability())}
+        times = {tile: self._time(work, run, tile.label) for tile, run in (runs | work.rivals()).items()}
+        found = {tile: taken for tile, taken in times.items() if taken is not None}
         if not found:
-            return Choice("triton", self._heuristic(problem), {})
-        best = min(found, key=lambda name: found[name])
-        return Choice(best.split()[0], tiles.get(best), found)
+            return Choice(self._heuristic(problem), {})
+        best = min(found, key=lambda tile: found[tile])
+        return Choice(best, {tile.label: taken for tile, taken in found.items()})
 
     def _time(self, work: Work, run: Run, name: str) -> float | None:
         try:
@@ -215,11 +201,9 @@ class Work:
         """Our kernel with a tile."""
         return lambda i: launch(self.problem, config, self.calls[i], self.outs[i])
 
-    def rivals(self) -> dict[str, Run]:
-        """What needs no kernel of ours, by name."""
-        plain = self.problem.kind is not Kind.DEPTHWISE and not self.problem.prologue
-        offered = [Rival.GATHER, Rival.ZEROS] if plain else [Rival.GATHER]
-        return {rival.label: lambda i, rival=rival: by_rival(self.calls[i], rival) for rival in offered}
+    def rivals(self) -> dict[Rival, Run]:
+        """What needs no kernel of ours."""
+        return {rival: lambda i, rival=rival: by_rival(self.calls[i], rival) for rival in offered(self.calls[0])}
 
     def _format(self) -> torch.memory_format:
         return torch.contiguous_format if self.problem.kind is Kind.POINT else torch.channels_last
