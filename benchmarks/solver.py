@@ -92,13 +92,52 @@ def chain(random: Random, channels: int, readers: int) -> Instance:
     return Instance(channels, tuple(sets[:readers]), edges=tuple(edges))
 
 
+def dual_path(random: Random, channels: int, readers: int) -> Instance:
+    """A stage of a dual path network: half of the channels are a residual, the others a growing concat.
+
+    Seven values for every unit: what its conv makes, the two slices of it, the sum, the concat of the sum and all that
+    was grown, and the two slices of that for the next unit. A reader takes half of a concat, and no value holds what
+    nobody reads any more.
+    """
+    residual, *grown = np.split(np.arange(channels), np.linspace(channels // 2, channels, readers + 1, dtype=int)[:-1])
+    sets = [_some(random, np.arange(part[-1] + 1), 0.5) for part in grown]
+    blocks: list[Block] = []
+    edges: list[Edge] = []
+    for unit, part in enumerate(grown):
+        live = set().union(*sets[unit:])
+        kept, new = ([c for c in found.tolist() if c in live] for found in (residual, part))
+        before = [c for c in range(residual.size, part[0]) if c in live]
+        made, left, right, added, joined, on, grew = (7 * unit + number for number in range(7))
+        held = {
+            left: [kept],
+            right: [new],
+            added: [kept],
+            joined: [kept, before, new],
+            on: [kept],
+            grew: [before + new],
+        }
+        blocks += [Block(tuple(block), value) for value, found in held.items() for block in found if block]
+        ends = [
+            (made, left, kept),
+            (made, right, new),
+            (left, added, kept),
+            (added, joined, kept),
+            (right, joined, new),
+        ]
+        ends += [(joined, on, kept), (joined, grew, before + new)]
+        ends += [(on - 7, added, kept), (grew - 7, joined, before)] if unit else []
+        edges += [Edge(f"edge {start} {end}", start, end, len(moved)) for start, end, moved in ends]
+    heard = tuple(Reader(f"reader {n}", tuple(s), len(s), 7 * n + 4) for n, s in enumerate(sets))
+    return Instance(channels, heard, tuple(blocks), edges=tuple(edges))
+
+
 def touched(random: Random, channels: int, readers: int) -> Instance:
     """Every reader keeps half of the channels and pays 1 for every aligned block of 16 that it touches."""
     sets = [_some(random, np.arange(channels), 0.5) for _ in range(readers)]
     return Instance(channels, tuple(Reader(f"reader {n}", tuple(s), 1, grain=16) for n, s in enumerate(sets)))
 
 
-FAMILIES: Mapping[str, Family] = {f.__name__: f for f in (independent, correlated, nested, concat, chain)}
+FAMILIES: Mapping[str, Family] = {f.__name__: f for f in (independent, correlated, nested, concat, chain, dual_path)}
 GRAINED: Mapping[str, Family] = {"touched": touched}
 """Families of which no instance of many readers is proven: they are not in the corpus."""
 

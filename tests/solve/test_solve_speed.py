@@ -64,6 +64,11 @@ def test_chains_of_nested_sets() -> None:
     assert min(seconds(make("nested", 512, 32, seed)) for seed in range(2)) < 2
 
 
+def test_dual_path_stage() -> None:
+    """Whose values mostly hand channels on."""
+    assert min(seconds(make("dual_path", 512, 32, seed)) for seed in range(2)) < 1.5
+
+
 def test_residual_stage_that_may_be_laid_out_anew() -> None:
     assert seconds(stage(1024, 37, 0)) < 10
 

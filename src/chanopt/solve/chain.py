@@ -19,7 +19,7 @@ import numpy.typing as npt
 from chanopt.solve.conflicts import graph_of
 from chanopt.solve.decision import Decision
 from chanopt.solve.pqtree import PQTree
-from chanopt.solve.problem import Problem, insert
+from chanopt.solve.problem import Problem, insert, restrict
 
 __all__ = ["chain_of", "decide_chain"]
 
@@ -145,9 +145,8 @@ def _part(problem: Problem, values: set[int]) -> tuple[list[int], Problem]:
     """Return the problem of some values as one part, and the numbers of its items in the whole problem."""
     numbers = [number for number, item in enumerate(problem.items) if item.value in values]
     one = min(values)
-    items = tuple(replace(problem.items[number], value=one) for number in numbers)
-    hard = sum(number < problem.hard for number in numbers)
-    return numbers, Problem(problem.atoms, (one,), items, hard, ())
+    part = restrict(problem, numbers)
+    return numbers, replace(part, values=(one,), items=tuple(replace(item, value=one) for item in part.items), links=())
 
 
 def _consistent(part: Problem) -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "Triples",
     "cliques",
     "cut_of",
+    "forbidden",
     "graph_of",
     "initial_cuts",
     "shrink",
@@ -41,7 +42,7 @@ Counts: TypeAlias = "npt.NDArray[np.int_]"
 Graph: TypeAlias = "nx.Graph[int]"
 """Values joined by links; the attribute `link` of an edge is the number of the link."""
 
-_MOST_ITEMS = 128
+_MOST_MASKS = 128
 """The test of all triples takes about 0.3 s for as many items; with more, every cut comes from the trees."""
 _MOST_CLIQUES = 3000
 _MOST_CUTS = 1000
@@ -72,19 +73,24 @@ def _conflicting_regions() -> npt.NDArray[np.bool_]:
 
 
 def triples(problem: Problem) -> Triples | None:
-    """Test every triple of items, or return None if there are too many."""
-    count = len(problem.items)
-    if not 3 <= count <= _MOST_ITEMS:
+    """Test every triple of items, or return None if they are too many different sets.
+
+    Equal sets, as the same block of many values, are tested once: two of them and a third never conflict.
+    """
+    masks = list(dict.fromkeys(item.mask for item in problem.items))
+    if not 3 <= len(masks) <= _MOST_MASKS:
         return None
-    masks = [item.mask for item in problem.items]
     pair = _overlaps(masks, masks)
     table = _conflicting_regions()
-    found: Triples = []
+    number = {mask: set_ for set_, mask in enumerate(masks)}
+    of = [number[item.mask] for item in problem.items]
+    rows: Triples = []
     for first, mask in enumerate(masks):
         conflict = table[_codes(pair, _overlaps([mask & other for other in masks], masks), first)]
-        packed = np.packbits(conflict, axis=1, bitorder="little")
-        found.append([int.from_bytes(row.tobytes(), "little") for row in packed])
-    return found
+        packed = np.packbits(conflict[:, of], axis=1, bitorder="little")
+        found = [int.from_bytes(row.tobytes(), "little") for row in packed]
+        rows.append([found[set_] for set_ in of])
+    return [rows[set_] for set_ in of]
 
 
 def _overlaps(first: Sequence[int], second: Sequence[int]) -> Counts:
@@ -278,10 +284,11 @@ def _path_cuts(problem: Problem, families: Sequence[int]) -> list[Cut]:
         for family in families:
             if len(found) >= _MOST_CUTS:
                 return list(found.values())
-            here = [family & at[value] for value in path]
-            mask = sum(here)
+            if not (family & at[path[0]] and family & at[path[-1]]):
+                continue
+            mask = sum(family & at[value] for value in path)
             key = (mask, tuple(path))
-            if mask.bit_count() < 3 or not here[0] or not here[-1] or key in found:
+            if mask.bit_count() < 3 or key in found:
                 continue
             found[key] = cut_of(problem, graph, list(labels_of(mask)), 2)
     return list(found.values())
@@ -335,6 +342,25 @@ def widen(base: PQTree, core: Sequence[int], candidates: Iterable[int], items: S
             choices += [choose((*chosen, candidate)) for chosen in combinations(family, rank - 1)]
         family.append(candidate)
     return family
+
+
+def forbidden(problem: Problem) -> list[int]:
+    """Return the readers that the hard items of their own value conflict with: they pay, whatever is cut.
+
+    One that takes a part of each of three operands of a concat is such a reader.
+    """
+    readers = dict(enumerate(problem.items[problem.hard :], problem.hard))
+    around: dict[int, list[Item]] = {item.value: [] for item in readers.values()}
+    for item in problem.items[: problem.hard]:
+        if item.value in around:
+            around[item.value].append(item)
+
+    def choose(items: Sequence[Item]) -> _Regions | _Tree:
+        plain = len(items) < _MOST_SETS and not any(item.sequence for item in items)
+        return _Regions.of((1 << problem.atoms) - 1, items) if plain else _Tree.of(PQTree(problem.atoms), items)
+
+    choices = {value: choose(items) for value, items in around.items()}
+    return [number for number, item in readers.items() if not choices[item.value].admits(item)]
 
 
 @dataclass(frozen=True, slots=True)

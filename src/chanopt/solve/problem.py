@@ -10,16 +10,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
 from chanopt.solve.instance import Instance
-from chanopt.solve.pqtree import PQTree, mask_of
+from chanopt.solve.pqtree import PQTree, labels_of, mask_of
 
-__all__ = ["Atoms", "Demand", "Item", "Link", "Problem", "Scale", "collapse", "demands_of", "insert", "split"]
+__all__ = [
+    "Atoms",
+    "Demand",
+    "Item",
+    "Link",
+    "Problem",
+    "Scale",
+    "collapse",
+    "demands_of",
+    "insert",
+    "linked",
+    "restrict",
+    "split",
+]
 
 _EXACT = 2**60
 """Integer weights up to this total stay as they are: CP-SAT counts in 64 bits."""
@@ -142,6 +155,18 @@ def items_of(demands: Sequence[Demand], atoms: Atoms) -> list[Item]:
     ]
 
 
+def restrict(problem: Problem, numbers: Sequence[int]) -> Problem:
+    """Return the problem of some of the items, in ascending order of their numbers, over fewer atoms."""
+    items = [problem.items[number] for number in numbers]
+    demands = [
+        Demand(item.sequence or tuple(labels_of(item.mask)), item.value, bool(item.sequence), item.weight, item.readers)
+        for item in items
+    ]
+    atoms = collapse(problem.atoms, demands)
+    hard = sum(number < problem.hard for number in numbers)
+    return replace(problem, atoms=len(atoms.members), items=tuple(items_of(demands, atoms)), hard=hard)
+
+
 def demands_of(instance: Instance, scale: Scale) -> tuple[list[Demand], list[Demand]]:
     """Return what must be a range, pins before blocks, and what should be; equal readers are one demand.
 
@@ -197,12 +222,12 @@ def _overlapping(demands: list[Demand]) -> list[list[Demand]]:
         graph.add_edges_from(
             (first, second)
             for first in range(second)
-            if _linked(masks[first], demands[first].ordered, masks[second], demands[second].ordered)
+            if linked(masks[first], demands[first].ordered, masks[second], demands[second].ordered)
         )
     return [[demands[number] for number in sorted(group)] for group in nx.connected_components(graph)]
 
 
-def _linked(first: int, first_ordered: bool, second: int, second_ordered: bool) -> bool:
+def linked(first: int, first_ordered: bool, second: int, second_ordered: bool) -> bool:
     """Whether two demands can constrain each other; an ordered one also does so with what lies inside it."""
     common = first & second
     if not common:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 
@@ -16,6 +16,7 @@ from chanopt.solve.conflicts import (
     cliques,
     cut_of,
     cycles_of,
+    forbidden,
     graph_of,
     initial_cuts,
     shrink,
@@ -26,7 +27,7 @@ from chanopt.solve.conflicts import (
 from chanopt.solve.decision import Decision
 from chanopt.solve.master import Master
 from chanopt.solve.pqtree import PQTree, labels_of
-from chanopt.solve.problem import Problem, insert
+from chanopt.solve.problem import Problem, insert, restrict
 
 __all__ = ["decide"]
 
@@ -39,9 +40,16 @@ _PASSES = 4
 def decide(problem: Problem, deadline: float, workers: int) -> Decision:
     """Solve one problem to a proof, or to the best choice known at the deadline (of `time.monotonic`).
 
-    Cheap answers come first: all is free; or the greedy choice meets the bound of disjoint conflicting
-    families.
+    Cheap answers come first: readers that pay whatever is chosen; all is free; or the greedy choice meets the bound of
+    disjoint conflicting families.
     """
+    always = set(forbidden(problem))
+    if always:
+        numbers = [number for number in range(len(problem.items)) if number not in always]
+        decision = decide(restrict(problem, numbers), deadline, workers)
+        owed = sum(problem.items[number].weight for number in always)
+        free = frozenset(numbers[number] for number in decision.free)
+        return replace(decision, free=free, cost=decision.cost + owed, bound=decision.bound + owed)
     search = _Search(problem, deadline)
     best = search.whole()
     if best is not None and best.cost == 0:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import networkx as nx
 
 from chanopt.solve.arrange import arrange
+from chanopt.solve.contract import contract
 from chanopt.solve.decision import Decision
 from chanopt.solve.instance import Instance
 from chanopt.solve.problem import Demand, Scale, demands_of, split
@@ -34,7 +35,7 @@ def solve(instance: Instance, *, time_limit: float = 10.0, workers: int = 1) -> 
     start = time.monotonic()
     deadline = start + time_limit
     scale = Scale.of(_payable(instance))
-    problems = split(instance, scale)
+    problems = [contract(problem) for problem in split(instance, scale)]
     decisions = [decide(problem, deadline, workers) for problem in problems]
     paying = {
         reader
