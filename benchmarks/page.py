@@ -41,7 +41,7 @@ COLOURS = {
     "torch_pruning": "#0072B2",
     "chanopt": "#009E73",
 }
-_FAMILY_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_FAMILY_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 Row = Mapping[str, Any]
 Draw = Callable[[Any], None]

@@ -310,6 +310,42 @@ def test_case_2_an_operand_of_a_concat_brings_channels_that_nobody_reads_rather_
     assert figures(result.program).copied_bytes == paid
 
 
+def dual_path(*sets: list[int]) -> Any:
+    """Four units that add six channels to those that are there, and put four more behind them (a dual path network)."""
+
+    def body(n: Net, x: Tensor) -> Tensor:
+        t = n.stem(x)
+        for unit in range(4):
+            made = n.get_submodule(f"m{unit}")(n.get_submodule(f"r{unit}")(t))
+            t = torch.cat([t[:, :6] + made[:, :6], t[:, 6:], made[:, 6:]], 1)
+        return n.r4(t)
+
+    readers = {f"r{unit}": conv(10 + 4 * unit, 4) for unit in range(5)}
+    net: Any = randomise(
+        Net(body, stem=conv(3, 10), **readers, **{f"m{unit}": conv(4, 10) for unit in range(4)})
+    ).eval()
+    for (name, reader), kept in zip(readers.items(), sets, strict=True):
+        kill(net.get_submodule(name), inputs=[c for c in range(reader.in_channels) if c not in kept])
+    return net
+
+
+def test_case_2_what_has_grown_is_brought_whole_where_nobody_reads_some_of_it_any_more() -> None:
+    """Without the channels that are read no further down, what has grown is no range of what it was: 29 are copied."""
+    net = dual_path(
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
+        [2, 3, 7, 8, 9, 11, 13],
+        [1, 2, 8, 9, 10, 13, 14, 16, 17],
+        [0, 5, 6, 7, 8, 10, 12, 13, 17, 18, 20],
+        [1, 2, 4, 10, 12, 15, 25],
+    )
+    result = assert_rewrites(OrderChannels(), net, image(size=4), before=BEFORE)
+    (ordered,) = [o for o in result.notes[SEGMENTS] if len(o.segment.nodes) > 1]
+    assert ordered.segment.instance == ordered.segment.wider
+    size = next(v.channel_bytes for v in result.program.values.values() if v.name == "conv2d")
+    assert (ordered.solution.objective, ordered.solution.bound) == (27 * size, 27 * size)
+    assert figures(result.program).copied_bytes == 27 * size
+
+
 def shuffled(width: int) -> Any:
     """Three units that pass half of their channels on, mix the other half and interleave the two (ShuffleNet V2)."""
 

@@ -12,7 +12,7 @@ first, so that an instance has a node per place where a choice exists:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import networkx as nx
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from chanopt.analysis.convs import image_conv
 from chanopt.analysis.demand import Demand
 from chanopt.analysis.labels import Labelling, Labels, unique_in_order
+from chanopt.analysis.wider import wider
 from chanopt.ir import Access, IndexMap, Kind, Op, Program, Read, flow_back
 from chanopt.solve import Block, Edge, Instance, Pin, Preference, Reader
 from chanopt.target import SECTOR, Target
@@ -379,28 +380,9 @@ class OrderGraph:
         consumers = dict.fromkeys(wish.name for node in nodes for wish in self.wishes[node])
         name = next(iter(producers), makers[nodes[0]].label())
         size = self.program.values[nodes[0]].channel_bytes
+        grown = wider(instance, [np.searchsorted(labels, self.labels[node]).tolist() for node in nodes])
         nodes_, producers_, consumers_ = tuple(nodes), tuple(producers), tuple(consumers)
-        return Segment(name, instance, _wider(instance), labels, nodes_, places, producers_, consumers_, size)
-
-
-def _wider(instance: Instance) -> Instance | None:
-    """The instance with every block grown by the blocks of other values that it crosses; None if nothing grows.
-
-    A block is what one operand brings to a concat. Where it is a part of several blocks of the value it comes from,
-    no shared order makes all of them ranges; bringing those blocks whole copies nothing and leaves the order shared.
-    """
-    blocks = tuple(_grown(block, instance.blocks) for block in instance.blocks)
-    return replace(instance, blocks=blocks) if blocks != instance.blocks else None
-
-
-def _grown(block: Block, blocks: tuple[Block, ...]) -> Block:
-    grown, others = set(block.set), [set(other.set) for other in blocks if other.value != block.value]
-    while crossed := next(
-        (other for other in others if grown & other and not (other <= grown or grown <= other)), None
-    ):
-        grown |= crossed
-    beside = [other.set for other in blocks if other.value == block.value and other is not block]
-    return block if any(grown.intersection(other) for other in beside) else replace(block, set=tuple(grown))
+        return Segment(name, instance, grown, labels, nodes_, places, producers_, consumers_, size)
 
 
 def _disjoint(sets: list[Labels]) -> bool:
