@@ -19,6 +19,7 @@ from chanopt.solve.columns import Priced, bound_of, dive, quick_bound
 from chanopt.solve.exact import prove
 from chanopt.solve.exchange import COARSE, Bins, exchange
 from chanopt.solve.packing import cost_of, floor_of, gray_bins, grown_bins, packing_of, unions
+from chanopt.solve.touched import _Division
 from tests.solve.brute import optimum, random_instances
 
 FOREVER = float("inf")
@@ -175,12 +176,76 @@ def test_an_edge_is_cut_where_two_orders_save_more() -> None:
     second = tuple(Reader(f"b{i}", (i, 7 - i), 10, 1, grain=2) for i in range(4))
     cheap = solve(Instance(8, (*first, *second), edges=(Edge("join", 0, 1, 5),)))
     assert (cheap.objective, cheap.cut) == (85, ("join",))
-    assert cheap.optimal is False
-    assert cheap.bound == 80
+    assert (cheap.bound, cheap.optimal) == (85, True)  # one order for both pays more than the cut
     free = solve(Instance(8, (*first, *second), edges=(Edge("join", 0, 1, 0),)))
     assert (free.objective, free.optimal) == (80, True)
     dear = solve(Instance(8, (*first, *second), edges=(Edge("join", 0, 1, 1000),)))
     assert dear.cut == ()
+
+
+def test_values_in_a_chain_are_proven() -> None:
+    """Where to cut is a part of the bound: whatever stays together has one order."""
+    proven = count = 0
+    for instance in random_instances(9, 60, channels=(3, 6), values=3, edges=3, readers=(0, 0), grains=(2,) * 5):
+        solution = solve(instance)
+        solution.check(instance)
+        best = optimum(instance)
+        assert solution.bound <= best <= solution.objective, instance.to_json()
+        proven += solution.optimal
+        count += 1
+    assert proven > 0.9 * count
+
+
+def test_values_whose_blocks_contradict_each_other_have_no_order_in_common() -> None:
+    """Also if the time was out before that was noticed."""
+    readers = (Reader("first", (0, 3), 5, 0, grain=2), Reader("second", (0, 2), 5, 1, grain=2))
+    blocks = (Block((0, 1), 0), Block((1, 2), 0), Block((0, 2), 1))
+    instance = Instance(4, readers, blocks, edges=(Edge("edge", 0, 1, 3),))
+    for limit in (10.0, 0.0):
+        solution = solve(instance, time_limit=limit)
+        solution.check(instance)
+        assert solution.cut == ("edge",)
+    assert solve(instance).optimal
+    assert solve(instance).objective == optimum(instance)
+
+
+def test_only_divisions_that_seem_the_cheapest_are_priced() -> None:
+    """Seven values that each pay 10; from two on, values with one order pay 5 more, and a cut costs 3."""
+    asked: list[frozenset[int]] = []
+
+    def price(values: frozenset[int]) -> int:
+        asked.append(values)
+        return 10 * len(values) + 5 * (len(values) > 1)
+
+    division = _Division(range(7), [3] * 6)
+    assert division.least(price, FOREVER) == (75, [frozenset(range(7))])
+    assert len(asked) < 7 + 21  # not all of the 21 intervals
+    assert _Division(range(7), [1] * 6).least(price, FOREVER)[0] == 76 - 1
+    late, _ = _Division(range(7), [3] * 6).least(price, 0.0)
+    assert late == 70
+
+
+def test_a_range_is_tried_at_either_end() -> None:
+    """Only a range behind the others leaves five channels of the other reader in one block of six."""
+    instance = Instance(8, (Reader("block", (0, 2, 4, 6, 7), 5, grain=6), Reader("range", (1, 3, 5, 6, 7), 3)))
+    solution = solve(instance)
+    solution.check(instance)
+    assert (solution.objective, solution.optimal) == (optimum(instance), True) == (5, True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_exchanges_keep_every_cell_in_its_place(seed: int) -> None:
+    """Also where a cell lies in two pieces, or cells do not lie by number."""
+    rng = np.random.default_rng(seed)
+    cells = np.repeat([2, 0, 2, 1], [5, 7, 9, 11])
+    order = rng.permutation(len(cells))
+    members = rng.random((len(cells), 3)) < 0.5
+    cell_of = [0] * len(cells)
+    for place, channel in enumerate(order.tolist()):
+        cell_of[channel] = int(cells[place])
+    found = exchange(order.tolist(), cell_of, [Bins(4, members, (3, 2, 1))], COARSE, FOREVER)
+    assert sorted(found) == list(range(len(cells)))
+    assert [cell_of[channel] for channel in found] == cells.tolist()
 
 
 # Properties on instances too wide for brute force.

@@ -16,24 +16,28 @@ import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
-from chanopt.solve.conflicts import graph_of
+from chanopt.solve.conflicts import Graph, graph_of
 from chanopt.solve.decision import Decision
 from chanopt.solve.pqtree import PQTree
 from chanopt.solve.problem import Problem, insert, restrict
 
-__all__ = ["chain_of", "decide_chain"]
+__all__ = ["chain_of", "decide_chain", "path_of"]
 
 Decide = Callable[[Problem], Decision]
 Ints = npt.NDArray[np.int64]
 
 
 def chain_of(problem: Problem) -> list[int] | None:
-    """Return the values in the order of their chain; None if the links are no chain."""
-    graph = graph_of(problem)
+    """Return the values in the order of their chain; None if the links are no chain of two values or more."""
+    return path_of(graph_of(problem)) if problem.links else None
+
+
+def path_of(graph: Graph) -> list[int] | None:
+    """Return the values of a graph in the order of the path that it is; None if it is none."""
+    if len(graph) == 1:
+        return list(graph)
     ends = [value for value, degree in graph.degree if degree == 1]
-    if len(ends) != 2 or len(problem.links) != len(problem.values) - 1:
-        return None
-    if any(degree > 2 for _, degree in graph.degree):
+    if len(ends) != 2 or graph.number_of_edges() != len(graph) - 1 or not nx.is_connected(graph):
         return None
     return nx.shortest_path(graph, source=ends[0], target=ends[1])
 

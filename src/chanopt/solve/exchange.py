@@ -83,7 +83,8 @@ def exchange(
                 break
         if (paid := _paid(views, held)) < least:
             best, least = held.copy(), paid
-    return _seated(places, group_of.ravel(), class_of, best)
+    seats = np.lexsort((told[places, 0], group_of.ravel()))
+    return _seated(places, seats, class_of, best)
 
 
 def _view(kind: Bins, bin_of: Ints, first: Ints) -> _View:
@@ -161,10 +162,12 @@ def _sides(view: _View, held: npt.NDArray[np.int64], groups: Ints, classes: Ints
     return mine, theirs
 
 
-def _seated(places: Ints, group_of: Ints, class_of: Ints, held: npt.NDArray[np.int64]) -> tuple[int, ...]:
-    """Return the order in which every group holds its classes; channels of a class keep their sequence."""
+def _seated(places: Ints, seats: Ints, class_of: Ints, held: npt.NDArray[np.int64]) -> tuple[int, ...]:
+    """Return the order in which every group holds its classes; channels of a class keep their sequence.
+
+    `seats` are the positions by group, and in a group by cell: a cell keeps its positions.
+    """
     wanted = np.repeat(np.tile(np.arange(held.shape[1]), held.shape[0]), held.ravel())
-    seats = np.argsort(group_of, kind="stable")
     channels = places[np.argsort(class_of[places], kind="stable")]
     order = np.empty_like(places)
     order[seats[np.argsort(wanted, kind="stable")]] = channels

@@ -54,7 +54,7 @@ def solve(instance: Instance, *, time_limit: float = 10.0, workers: int = 1) -> 
     proven = sum(decision.bound for decision in decisions)
     if any(reader.grain for reader in instance.readers):
         touching = touch_few(instance, scale, orders, (paying, cut), deadline, workers)
-        orders, proven = touching.orders, proven + touching.bound
+        orders, proven = touching.orders, max(proven + touching.bound, touching.joint)
     return _solution(instance, scale, orders, proven, decisions, start)
 
 

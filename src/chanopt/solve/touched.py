@@ -5,20 +5,24 @@ several grains, or range readers that are to stay free, constrain it: then chann
 such set tells them apart, which keeps every range a range. Which edges to cut is decided by the range program
 alone, or by the readers with a grain alone. Of all orders found, and of the natural one, the cheapest is taken.
 
-The bound is the sum of two, for each reader pays on its own: what readers of ranges and edges pay at least, and
-what the readers of each value and grain pay at least, be the order whatever it likes. It is tight only for
-plain instances.
+There are two bounds. One is a sum, for each reader pays on its own: what readers of ranges and edges pay at least, and
+what the readers of each value and grain pay at least, be the order whatever it likes. The other counts edges with the
+readers of a grain: whatever is cut, values that stay together have one order, in which their readers pay at least what
+the packing program says of them all; of a chain of values the cheapest cuts are found (`_Search.divided`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import networkx as nx
 import numpy as np
 
 from chanopt.solve.arrange import arrange
+from chanopt.solve.chain import path_of
 from chanopt.solve.exchange import COARSE, FINE, Bins, exchange
 from chanopt.solve.instance import Instance, Reader
 from chanopt.solve.pack import gray_cost, least, pack
@@ -30,12 +34,21 @@ from chanopt.solve.solution import Order, cost, is_hard
 __all__ = ["Touching", "touch_few"]
 
 
+_NEVER = 2**62
+"""What values pay in one order that no order suits; more than all weights together."""
+_TURNS = 3
+"""Begins that are tried for an order in which some sets must be ranges."""
+
+
 @dataclass(frozen=True, slots=True)
 class Touching:
-    """The cheapest orders that were found, and what readers with a grain pay at least, scaled."""
+    """The cheapest orders that were found, and what is paid at least, scaled."""
 
     orders: tuple[Order, ...]
     bound: int
+    """By readers with a grain."""
+    joint: int
+    """By them and for edges."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +71,14 @@ def touch_few(
 
     `chosen` has the readers that pay and the edges that are cut in the given orders.
     """
-    search = _Search(instance, scale, deadline, workers, {}, {})
+    search = _Search(instance, scale, deadline, workers)
     candidates = [(tuple(range(instance.channels)),) * instance.values, orders]
     candidates += [search.orders(parts, orders) for parts in search.divisions(*chosen)]
+    joint, parts = search.divided()
+    candidates.append(search.orders(parts, orders))
     holding = [candidate for candidate in candidates if is_hard(instance, candidate)]
     best = min(holding, key=lambda candidate: cost(instance, candidate)[2])
-    return Touching(_shared(best), search.bound())
+    return Touching(_shared(best), search.bound(), joint)
 
 
 def _shared(orders: tuple[Order, ...]) -> tuple[Order, ...]:
@@ -80,9 +95,9 @@ class _Search:
     scale: Scale
     deadline: float
     workers: int
-    known: dict[_Part, Order]
-    bounds: dict[tuple[int, int], int]
-    """Value and grain to what its readers pay at least, as far as an order was made for them alone."""
+    known: dict[_Part, Order] = field(default_factory=dict)
+    bounds: dict[tuple[frozenset[int], int], int] = field(default_factory=dict)
+    """Values of a part and a grain to what its readers pay at least."""
 
     def divisions(self, paying: Collection[int], cut: Collection[int]) -> Iterator[list[_Part]]:
         """Yield the ways to divide the values into parts that are worth an order."""
@@ -111,12 +126,45 @@ class _Search:
 
     def bound(self) -> int:
         """Return what the readers with a grain pay at least."""
+        return sum(self._least(_alone(value)) for value in range(self.instance.values))
+
+    def divided(self) -> tuple[int, list[_Part]]:
+        """Return what readers with a grain and edges pay at least, and parts for which they might pay no more.
+
+        Values whose edges are no chain count one by one, without their edges.
+        """
+        hard, _ = demands_of(self.instance, self.scale)
+
+        def consistent(values: frozenset[int]) -> bool:
+            return _consistent(self.instance.channels, hard, values)
+
+        def price(values: frozenset[int]) -> int:
+            return self._least(values) if consistent(values) else _NEVER
+
+        graph: nx.Graph[int] = nx.Graph()
+        graph.add_nodes_from(range(self.instance.values))
+        graph.add_edges_from((edge.source, edge.target) for edge in self.instance.edges)
+        total, parts = 0, list[frozenset[int]]()
+        for values in nx.connected_components(graph):
+            chain = path_of(graph.subgraph(values))
+            if chain is None:
+                found = [_alone(value) for value in sorted(values)]
+                paid = sum(map(self._least, found))
+            else:
+                cuts = [self._between(_alone(a), _alone(b)) for a, b in pairwise(chain)]
+                paid, found = _Division(chain, cuts).least(price, self.deadline)
+            total += paid
+            # Past the deadline some were not priced.
+            parts += [part for one in found for part in ([one] if consistent(one) else map(_alone, sorted(one)))]
+        return total, [_part(values, hard) for values in parts]
+
+    def _least(self, values: frozenset[int]) -> int:
+        """Return what the readers of values that share an order pay at least."""
         total = 0
-        for value in range(self.instance.values):
-            for kind in self._kinds(frozenset([value])):
-                if (value, kind.grain) not in self.bounds:
-                    self.bounds[value, kind.grain] = least(kind.members, kind.weights, kind.grain, self.deadline)
-                total += self.bounds[value, kind.grain]
+        for kind in self._kinds(values):
+            if (values, kind.grain) not in self.bounds:
+                self.bounds[values, kind.grain] = least(kind.members, kind.weights, kind.grain, self.deadline)
+            total += self.bounds[values, kind.grain]
         return total
 
     def _readers(self, values: frozenset[int]) -> list[Reader]:
@@ -140,17 +188,18 @@ class _Search:
         if len(kinds) == 1 and not must:
             (kind,) = kinds
             packed = pack(kind.members, kind.weights, kind.grain, self.deadline, self.workers)
-            if len(part.values) == 1:
-                self.bounds[next(iter(part.values)), kind.grain] = packed.bound
+            self.bounds[part.values, kind.grain] = packed.bound
             return _tidied(packed.order, [0] * len(packed.order), kinds)
         base = arrange(self.instance.channels, must, [], [])
         if not kinds:
             return base
         cells = collapse(self.instance.channels, must).of.tolist()
-        starts: list[tuple[Order, Sequence[float]]] = [(base, COARSE), (_gray(base, cells, kinds), COARSE)]
-        if len(kinds) == 1:
-            starts.append((self._packed(base, cells, kinds[0]), FINE))
-        tries = [base, *(exchange(start, cells, kinds, steps, self.deadline) for start, steps in starts)]
+        tries: list[Order] = []
+        for way in _turned(base, must):
+            starts: list[tuple[Order, Sequence[float]]] = [(way, COARSE), (_gray(way, cells, kinds), COARSE)]
+            if len(kinds) == 1:
+                starts.append((self._packed(way, cells, kinds[0]), FINE))
+            tries += [way, *(exchange(start, cells, kinds, steps, self.deadline) for start, steps in starts)]
         best = min(tries, key=lambda order: _paid(order, kinds))
         return _tidied(best, cells, kinds)
 
@@ -191,6 +240,51 @@ class _Search:
         )
 
 
+@dataclass(slots=True)
+class _Division:
+    """A chain of values, what it costs to cut between them, and what intervals of it pay at least."""
+
+    chain: Sequence[int]
+    cuts: Sequence[int]
+    low: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def least(self, price: Callable[[frozenset[int]], int], deadline: float) -> tuple[int, list[frozenset[int]]]:
+        """Return what the cheapest division pays at least, and its parts.
+
+        `price` tells what values that share an order pay at least. It is asked only of the intervals of a division
+        that seems the cheapest: an interval pays no less than its values one by one.
+        """
+        known = {(at, at + 1): price(_alone(value)) for at, value in enumerate(self.chain)}
+        self.low = dict(known)
+        for stop in range(2, len(self.chain) + 1):
+            for start in range(stop - 1):
+                self.low[start, stop] = self.low[start, stop - 1] + self.low[stop - 1, stop]
+        while True:
+            paid, division = self._cheapest()
+            open_ = [interval for interval in division if interval not in known]
+            if not open_ or time.monotonic() >= deadline:
+                return paid, [frozenset(self.chain[start:stop]) for start, stop in division]
+            for start, stop in open_:
+                known[start, stop] = price(frozenset(self.chain[start:stop]))
+                self.low[start, stop] = max(self.low[start, stop], known[start, stop])
+
+    def _cheapest(self) -> tuple[int, list[tuple[int, int]]]:
+        """Return the division that pays least by what is known, of those the one with the fewest parts."""
+        best: list[tuple[int, list[tuple[int, int]]]] = [(0, [])]
+        for stop in range(1, len(self.chain) + 1):
+            ways = [
+                (best[start][0] + (self.cuts[start - 1] if start else 0) + self.low[start, stop], start)
+                for start in range(stop)
+            ]
+            paid, start = min(ways)
+            best.append((paid, [*best[start][1], (start, stop)]))
+        return best[-1]
+
+
+def _alone(value: int) -> frozenset[int]:
+    return frozenset([value])
+
+
 def _part(values: frozenset[int], demands: Iterable[Demand]) -> _Part:
     return _Part(values, tuple(demand for demand in demands if demand.value in values))
 
@@ -211,6 +305,20 @@ def _consistent(channels: int, hard: Sequence[Demand], values: frozenset[int]) -
     tree = PQTree(max(channels, 1))
     inside = [demand for demand in hard if demand.value in values]
     return all(tree.order(d.channels) if d.ordered else tree.reduce(d.channels) for d in inside)
+
+
+def _turned(base: Order, must: Sequence[Demand]) -> list[Order]:
+    """Return the order, and orders that begin elsewhere or run backwards, in which the same sets are ranges.
+
+    What is aligned with the blocks of positions in one of them is not in another.
+    """
+    place = {channel: position for position, channel in enumerate(base)}
+    spans = [(min(found), max(found)) for found in ([place[c] for c in demand.channels] for demand in must)]
+    ends = {0, *(end for first, last in spans for end in (first, last + 1) if 0 < end < len(base))}
+    free = sorted(end for end in ends if not any(first < end <= last for first, last in spans))
+    turned = [base[end:] + base[:end] for end in free[:_TURNS]]
+    backwards = [] if any(demand.ordered for demand in must) else [order[::-1] for order in turned]
+    return [*turned, *backwards]
 
 
 def _told(kinds: Sequence[Bins]) -> Bools:
