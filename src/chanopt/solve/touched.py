@@ -36,8 +36,9 @@ __all__ = ["Touching", "touch_few"]
 
 _NEVER = 2**62
 """What values pay in one order that no order suits; more than all weights together."""
-_TURNS = 3
-"""Begins that are tried for an order in which some sets must be ranges."""
+_TURNS, _TRIED = 3, 2
+"""Begins that are looked at for an order in which some sets must be ranges, forwards and backwards, and orders of them
+in which channels are exchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +196,9 @@ class _Search:
             return base
         cells = collapse(self.instance.channels, must).of.tolist()
         tries: list[Order] = []
-        for way in _turned(base, must):
-            starts: list[tuple[Order, Sequence[float]]] = [(way, COARSE), (_gray(way, cells, kinds), COARSE)]
+        grays = {way: _gray(way, cells, kinds) for way in _turned(base, must)}
+        for way in sorted(grays, key=lambda way: _paid(grays[way], kinds))[:_TRIED]:
+            starts: list[tuple[Order, Sequence[float]]] = [(way, COARSE), (grays[way], COARSE)]
             if len(kinds) == 1:
                 starts.append((self._packed(way, cells, kinds[0]), FINE))
             tries += [way, *(exchange(start, cells, kinds, steps, self.deadline) for start, steps in starts)]
