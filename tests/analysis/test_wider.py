@@ -41,6 +41,13 @@ def test_nor_what_another_operand_brings() -> None:
     assert wider(instance, ((0, 1), (0, 1), (0, 1, 2, 3), ())) is None
 
 
+def test_nor_what_only_the_values_before_another_operand_have() -> None:
+    edges = (Edge("c", 1, 3, 1), Edge("d", 2, 3, 1), Edge("e", 1, 4, 1))
+    instance = Instance(6, blocks=(Block((0, 1), 3), Block((2,), 3), Block((1, 5), 4)), edges=edges)
+    found = blocks_of(wider(instance, [(), (0, 1), (2, 5), (0, 1, 2), (1, 5)]))
+    assert found == [(3, (0, 1)), (3, (2,)), (4, (0, 1, 5))]
+
+
 def test_a_pinned_value_keeps_its_blocks() -> None:
     pin = Pin(2, (0, 2, 3, 4, 5, 6, 7))
     found = blocks_of(wider(growing(pins=[pin]), LIVE))

@@ -21,12 +21,12 @@ def wider(instance: Instance, live: Sequence[Iterable[int]]) -> Instance | None:
 
     A block is what one operand brings to a concat. Where it holds parts of several blocks of the value it comes from,
     no shared order makes all of them ranges; bringing those blocks whole copies nothing and leaves the order shared.
-    An operand can bring what values before its own have, `live` by value, and no other operand brings; to a value whose
-    order is pinned it brings what it did.
+    An operand can bring what it and the values before it have, `live` by value, and no other operand brings; to a value
+    whose order is pinned it brings what it did. Of two that could bring the same, the first does.
     """
     pinned = {pin.value for pin in instance.pins}
     blocks, values = [mask_of(block.set) for block in instance.blocks], [block.value for block in instance.blocks]
-    had = _had(instance, [mask_of(labels) for labels in live])
+    can = _can_bring(instance, [mask_of(labels) for labels in live])
     grew = True
     while grew:
         grew = False
@@ -37,7 +37,7 @@ def wider(instance: Instance, live: Sequence[Iterable[int]]) -> Instance | None:
             for other in set(blocks):
                 more = other & ~blocks[number]
                 crosses = other & blocks[number] and blocks[number] & ~other
-                if more and crosses and not more & (beside | ~had[value]):
+                if more and crosses and not more & (beside | ~can[number]):
                     blocks[number] |= more
                     grew = True
     grown = tuple(Block(tuple(labels_of(block)), value) for block, value in zip(blocks, values, strict=True))
@@ -47,9 +47,11 @@ def wider(instance: Instance, live: Sequence[Iterable[int]]) -> Instance | None:
         return None
 
 
-def _had(instance: Instance, live: Sequence[int]) -> list[int]:
-    """By value, the channels that it and those before it have."""
+def _can_bring(instance: Instance, live: Sequence[int]) -> list[int]:
+    """By block, the channels that the values it comes from, and those before them, have."""
     flows: nx.DiGraph[int] = nx.DiGraph()
     flows.add_nodes_from(range(len(live)))
     flows.add_edges_from((edge.source, edge.target) for edge in instance.edges)
-    return [reduce(or_, (live[before] for before in nx.ancestors(flows, value)), live[value]) for value in flows]
+    had = [reduce(or_, (live[before] for before in nx.ancestors(flows, value)), live[value]) for value in flows]
+    from_ = [(mask_of(block.set), flows.predecessors(block.value)) for block in instance.blocks]
+    return [reduce(or_, (had[value] for value in values if had[value] & block), block) for block, values in from_]

@@ -20,10 +20,10 @@ __all__ = ["contract"]
 def contract(problem: Problem) -> Problem:
     """Return a problem with the same best cost in which values are joined across links that need not be cut.
 
-    Let v have no reader, and one link that costs as much as its others together, to u. Whatever choice parts the two,
-    v can move to the part of u for no more: if the hard items of v hold there. They do where they are hard at u; and
-    where nothing in that part overlaps them, for a set that overlaps none is no constraint to them (McConnell, "A
-    certifying algorithm for the consecutive-ones property", SODA 2004, section 3).
+    Let v have no reader that can be free and no pin, and one link, to u, that costs at least as much as its others
+    together. Whatever choice parts the two, v can move to the part of u for no more: if the hard items of v hold there.
+    They do where they are hard at u; and where nothing in that part overlaps them, for a set that overlaps none is no
+    constraint to them (McConnell, "A certifying algorithm for the consecutive-ones property", SODA 2004, section 3).
     """
     if not problem.links:
         return problem
@@ -64,7 +64,8 @@ class _Joins:
     def _beside(self, mask: int, items: list[Item]) -> Iterator[int]:
         """Yield the values whose part, if it has no value that holds the mask, has no item that overlaps it.
 
-        That stays true as values merge: what is reached from a merged value was reached from both.
+        That stays true as values merge, since a merged value holds what either held: a path that meets no holder among
+        the merged values met none before.
         """
         crossed = {item.value for item in items if linked(mask, False, item.mask, bool(item.sequence))}
         without = self.graph.subgraph([value for value in self.graph if mask not in self.holds[value]])

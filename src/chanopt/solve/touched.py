@@ -3,7 +3,8 @@
 Where nothing but readers of one grain constrains an order, the packing program answers (`pack`). Blocks, pins,
 several grains, or range readers that are to stay free, constrain it: then channels are exchanged only where no
 such set tells them apart, which keeps every range a range. Which edges to cut is decided by the range program
-alone, or by the readers with a grain alone. Of all orders found, and of the natural one, the cheapest is taken.
+alone, by the readers with a grain alone, or as the second bound has it. Of all orders found, and of the natural one,
+the cheapest is taken.
 
 There are two bounds. One is a sum, for each reader pays on its own: what readers of ranges and edges pay at least, and
 what the readers of each value and grain pay at least, be the order whatever it likes. The other counts edges with the
@@ -34,6 +35,8 @@ from chanopt.solve.solution import Order, cost, is_hard
 __all__ = ["Touching", "touch_few"]
 
 
+_LONGEST = 128
+"""A chain of more values has too many intervals to look at all of them."""
 _NEVER = 2**62
 """What values pay in one order that no order suits; more than all weights together."""
 _TURNS, _TRIED = 3, 2
@@ -75,8 +78,9 @@ def touch_few(
     search = _Search(instance, scale, deadline, workers)
     candidates = [(tuple(range(instance.channels)),) * instance.values, orders]
     candidates += [search.orders(parts, orders) for parts in search.divisions(*chosen)]
-    joint, parts = search.divided()
+    _, parts = search.divided()
     candidates.append(search.orders(parts, orders))
+    joint, _ = search.divided()  # once more: packing the parts may have proven more of them
     holding = [candidate for candidate in candidates if is_hard(instance, candidate)]
     best = min(holding, key=lambda candidate: cost(instance, candidate)[2])
     return Touching(_shared(best), search.bound(), joint)
@@ -130,9 +134,9 @@ class _Search:
         return sum(self._least(_alone(value)) for value in range(self.instance.values))
 
     def divided(self) -> tuple[int, list[_Part]]:
-        """Return what readers with a grain and edges pay at least, and parts for which they might pay no more.
+        """Return what readers with a grain and edges pay at least, and the division of which this is said.
 
-        Values whose edges are no chain count one by one, without their edges.
+        Values whose edges are no chain, or a very long one, count one by one, without their edges.
         """
         hard, _ = demands_of(self.instance, self.scale)
 
@@ -147,7 +151,7 @@ class _Search:
         graph.add_edges_from((edge.source, edge.target) for edge in self.instance.edges)
         total, parts = 0, list[frozenset[int]]()
         for values in nx.connected_components(graph):
-            chain = path_of(graph.subgraph(values))
+            chain = path_of(graph.subgraph(values)) if len(values) <= _LONGEST else None
             if chain is None:
                 found = [_alone(value) for value in sorted(values)]
                 paid = sum(map(self._least, found))
@@ -155,7 +159,7 @@ class _Search:
                 cuts = [self._between(_alone(a), _alone(b)) for a, b in pairwise(chain)]
                 paid, found = _Division(chain, cuts).least(price, self.deadline)
             total += paid
-            # Past the deadline some were not priced.
+            # Past the deadline some were not priced: nobody looked whether they have an order at all.
             parts += [part for one in found for part in ([one] if consistent(one) else map(_alone, sorted(one)))]
         return total, [_part(values, hard) for values in parts]
 
@@ -189,7 +193,8 @@ class _Search:
         if len(kinds) == 1 and not must:
             (kind,) = kinds
             packed = pack(kind.members, kind.weights, kind.grain, self.deadline, self.workers)
-            self.bounds[part.values, kind.grain] = packed.bound
+            key = part.values, kind.grain
+            self.bounds[key] = max(packed.bound, self.bounds.get(key, 0))
             return _tidied(packed.order, [0] * len(packed.order), kinds)
         base = arrange(self.instance.channels, must, [], [])
         if not kinds:
@@ -267,11 +272,13 @@ class _Division:
             if not open_ or time.monotonic() >= deadline:
                 return paid, [frozenset(self.chain[start:stop]) for start, stop in division]
             for start, stop in open_:
+                if time.monotonic() >= deadline:
+                    break
                 known[start, stop] = price(frozenset(self.chain[start:stop]))
                 self.low[start, stop] = max(self.low[start, stop], known[start, stop])
 
     def _cheapest(self) -> tuple[int, list[tuple[int, int]]]:
-        """Return the division that pays least by what is known, of those the one with the fewest parts."""
+        """Return a division that pays least by what is known."""
         best: list[tuple[int, list[tuple[int, int]]]] = [(0, [])]
         for stop in range(1, len(self.chain) + 1):
             ways = [
