@@ -220,7 +220,8 @@ def test_only_divisions_that_seem_the_cheapest_are_priced() -> None:
     division = _Division(range(7), [3] * 6)
     assert division.least(price, FOREVER) == (75, [frozenset(range(7))])
     assert len(asked) < 7 + 21  # not all of the 21 intervals
-    assert _Division(range(7), [1] * 6).least(price, FOREVER)[0] == 76 - 1
+    assert _Division(range(7), [0] * 6).least(price, FOREVER) == (70, [frozenset([value]) for value in range(7)])
+    assert _Division(range(7), [1] * 6).least(price, FOREVER)[0] == 75
     late, _ = _Division(range(7), [3] * 6).least(price, 0.0)
     assert late == 70
 

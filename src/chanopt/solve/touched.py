@@ -15,7 +15,7 @@ the packing program says of them all; of a chain of values the cheapest cuts are
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -33,7 +33,6 @@ from chanopt.solve.problem import Demand, Scale, collapse, demands_of
 from chanopt.solve.solution import Order, cost, is_hard
 
 __all__ = ["Touching", "touch_few"]
-
 
 _LONGEST = 128
 """A chain of more values has too many intervals to look at all of them."""
@@ -247,13 +246,12 @@ class _Search:
         )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Division:
-    """A chain of values, what it costs to cut between them, and what intervals of it pay at least."""
+    """A chain of values, and what it costs to cut between them."""
 
     chain: Sequence[int]
     cuts: Sequence[int]
-    low: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def least(self, price: Callable[[frozenset[int]], int], deadline: float) -> tuple[int, list[frozenset[int]]]:
         """Return what the cheapest division pays at least, and its parts.
@@ -261,28 +259,28 @@ class _Division:
         `price` tells what values that share an order pay at least. It is asked only of the intervals of a division
         that seems the cheapest: an interval pays no less than its values one by one.
         """
-        known = {(at, at + 1): price(_alone(value)) for at, value in enumerate(self.chain)}
-        self.low = dict(known)
+        low = {(at, at + 1): price(_alone(value)) for at, value in enumerate(self.chain)}
+        priced = set(low)
         for stop in range(2, len(self.chain) + 1):
             for start in range(stop - 1):
-                self.low[start, stop] = self.low[start, stop - 1] + self.low[stop - 1, stop]
+                low[start, stop] = low[start, stop - 1] + low[stop - 1, stop]
         while True:
-            paid, division = self._cheapest()
-            open_ = [interval for interval in division if interval not in known]
+            paid, division = self._cheapest(low)
+            open_ = [interval for interval in division if interval not in priced]
             if not open_ or time.monotonic() >= deadline:
                 return paid, [frozenset(self.chain[start:stop]) for start, stop in division]
             for start, stop in open_:
                 if time.monotonic() >= deadline:
                     break
-                known[start, stop] = price(frozenset(self.chain[start:stop]))
-                self.low[start, stop] = max(self.low[start, stop], known[start, stop])
+                low[start, stop] = max(low[start, stop], price(frozenset(self.chain[start:stop])))
+                priced.add((start, stop))
 
-    def _cheapest(self) -> tuple[int, list[tuple[int, int]]]:
-        """Return a division that pays least by what is known."""
+    def _cheapest(self, low: Mapping[tuple[int, int], int]) -> tuple[int, list[tuple[int, int]]]:
+        """Return a division into intervals that pays least if each pays `low`."""
         best: list[tuple[int, list[tuple[int, int]]]] = [(0, [])]
         for stop in range(1, len(self.chain) + 1):
             ways = [
-                (best[start][0] + (self.cuts[start - 1] if start else 0) + self.low[start, stop], start)
+                (best[start][0] + (self.cuts[start - 1] if start else 0) + low[start, stop], start)
                 for start in range(stop)
             ]
             paid, start = min(ways)
