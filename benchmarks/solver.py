@@ -103,6 +103,7 @@ def dual_path(random: Random, channels: int, readers: int) -> Instance:
     sets = [_some(random, np.arange(part[-1] + 1), 0.5) for part in grown]
     blocks: list[Block] = []
     edges: list[Edge] = []
+    heard: list[Reader] = []
     for unit, part in enumerate(grown):
         live = set().union(*sets[unit:])
         kept, new = ([c for c in found.tolist() if c in live] for found in (residual, part))
@@ -127,8 +128,8 @@ def dual_path(random: Random, channels: int, readers: int) -> Instance:
         ends += [(joined, on, kept), (joined, grew, before + new)]
         ends += [(on - 7, added, kept), (grew - 7, joined, before)] if unit else []
         edges += [Edge(f"edge {start} {end}", start, end, len(moved)) for start, end, moved in ends]
-    heard = tuple(Reader(f"reader {n}", tuple(s), len(s), 7 * n + 4) for n, s in enumerate(sets))
-    return Instance(channels, heard, tuple(blocks), edges=tuple(edges))
+        heard.append(Reader(f"reader {unit}", tuple(sets[unit]), len(sets[unit]), joined))
+    return Instance(channels, tuple(heard), tuple(blocks), edges=tuple(edges))
 
 
 def touched(random: Random, channels: int, readers: int) -> Instance:
